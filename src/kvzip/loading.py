@@ -1,0 +1,136 @@
+"""From a name to a model and its tokenizer."""
+
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kvzip.attention import IMPLEMENTATION
+from kvzip.errors import KVzipError
+
+BUNDLED = "bundled"
+"""Name of the small model that comes with this package."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model on the Hugging Face hub, with settings that differ from its own config."""
+
+    repository: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+# Qwen3 is published for 32,768 positions, with this setting for longer contexts.
+_QWEN3_LONG = {
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+    },
+}
+
+SHORT_NAMES = {
+    "llama3.1-8b": Published("meta-llama/Llama-3.1-8B-Instruct"),
+    "llama3.0-8b": Published("meta-llama/Meta-Llama-3-8B-Instruct"),
+    "llama3.2-1b": Published("meta-llama/Llama-3.2-1B-Instruct"),
+    "llama3.2-3b": Published("meta-llama/Llama-3.2-3B-Instruct"),
+    "duo": Published("gradientai/Llama-3-8B-Instruct-Gradient-1048k"),
+    "qwen2.5-7b": Published("Qwen/Qwen2.5-7B-Instruct-1M"),
+    "qwen2.5-14b": Published("Qwen/Qwen2.5-14B-Instruct-1M"),
+    **{
+        f"qwen3-{size}b": Published(f"Qwen/Qwen3-{size}B", _QWEN3_LONG)
+        for size in ("0.6", "1.7", "4", "8", "14", "32")
+    },
+    **{
+        f"gemma3-{size}b": Published(f"google/gemma-3-{size}b-it")
+        for size in ("1", "4", "12", "27")
+    },
+}
+
+
+def resolve(name: str | None) -> Published:
+    """Where a model is found: the bundled one for None, a short name, a folder or a hub name.
+
+    Raises:
+        KVzipError: for a name that is none of these.
+    """
+    if name is None or name == BUNDLED:
+        return Published(str(resources.files("kvzip") / "assets" / "tiny"))
+    if name.lower() in SHORT_NAMES:
+        return SHORT_NAMES[name.lower()]
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise KVzipError(f"{name} is no model folder: it has no config.json")
+        return Published(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        close = difflib.get_close_matches(name.lower(), [*SHORT_NAMES, BUNDLED], n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise KVzipError(
+            f"unknown model {name!r}: {hint}Give a folder, a Hugging Face name (owner/model) or "
+            f"one of {', '.join([BUNDLED, *SHORT_NAMES])}"
+        )
+    return Published(name)
+
+
+def load(
+    name: str | None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model for inference, and its tokenizer.
+
+    Args:
+        name: see `resolve`.
+        dtype: dtype of the weights; the checkpoint's on a GPU and float32 on a CPU if None.
+        device: where to put it, the first GPU or else the CPU if None.
+        kwargs: passed on to `AutoModelForCausalLM.from_pretrained` (`device_map`, `revision`, ...).
+
+    Raises:
+        KVzipError: if the model is unknown or cannot be had.
+    """
+    published = resolve(name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    try:
+        config = _config(published, kwargs.get("revision"))
+        model = AutoModelForCausalLM.from_pretrained(
+            published.repository,
+            config=config,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            **kwargs,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            published.repository, revision=kwargs.get("revision")
+        )
+    except OSError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise KVzipError(f"model {name!r} cannot be loaded: {cause}") from error
+    if "device_map" not in kwargs:
+        model = model.to(device)
+    return model.eval(), tokenizer
+
+
+def _config(published: Published, revision: str | None) -> Any:
+    """The model's config with the settings of `published` on top."""
+    config = AutoConfig.from_pretrained(published.repository, revision=revision)
+    for key, value in published.config.items():
+        if key == "rope_parameters":
+            value = {**(getattr(config, key, None) or {}), **value}
+        setattr(config, key, value)
+    return config

@@ -1,0 +1,265 @@
+"""ModelKVzip: read once, evict, ask anything. Each method is one stage, in order."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from kvzip import attention, decoding, fingerprint, loading, storage
+from kvzip.cache import KV_TYPES, ContextCache, Document, Origin
+from kvzip.errors import KVzipError
+from kvzip.geometry import probe
+from kvzip.prefill import Progress, prefill, silent
+from kvzip.prompts import INSTRUCTIONS, Prompts, split_chat_template
+from kvzip.scoring import heads, reconstruction
+
+PREFILL_CHUNK = 16384
+
+
+class ModelKVzip:
+    """A language model that reads a context once, keeps what it needs and answers questions.
+
+    Args:
+        model: a short name (`"qwen2.5-7b"`), a Hugging Face name, a local folder, a loaded
+            transformers model (its attention implementation is set to `"kvzip"`), or None for the
+            small bundled model.
+        tokenizer: needed with a loaded model only.
+        kv_type: `"evict"` frees what is pruned; `"retain"` keeps it beside, so that one cache can
+            be pruned to any ratio again and again.
+        instruction: what stands in front of the context; `"default"`, `"gsm"` or any text.
+        dtype: dtype of the weights; the checkpoint's on a GPU and float32 on a CPU if None.
+        device: where to put the model; the first GPU or else the CPU if None.
+        kwargs: passed on to `AutoModelForCausalLM.from_pretrained` (`device_map`, `revision`, ...).
+
+    Raises:
+        KVzipError: if the model cannot be loaded or its layers cannot be cached.
+
+    Example:
+        >>> model = ModelKVzip()
+        >>> kv = model.prefill("My name is Kim living in Seoul. My major is computer science.")
+        >>> answer = model.generate(model.apply_template("What is my name?"), kv=kv.prune(0.3))
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        kv_type: str = "evict",
+        instruction: str = "default",
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kv_type not in KV_TYPES:
+            raise KVzipError(f"unknown kv_type {kv_type!r}: choose one of {', '.join(KV_TYPES)}")
+        if isinstance(model, PreTrainedModel):
+            if tokenizer is None:
+                raise KVzipError("a loaded model needs its tokenizer: ModelKVzip(model, tokenizer)")
+            self.hf_model, self.tokenizer = model.eval(), tokenizer
+            self.hf_model.set_attn_implementation(attention.IMPLEMENTATION)
+            self.model_id = model.name_or_path or type(model).__name__
+        else:
+            self.hf_model, self.tokenizer = loading.load(
+                model, dtype=dtype, device=device, **kwargs
+            )
+            self.model_id = model or loading.BUNDLED
+        self.retain = kv_type == "retain"
+        parts = split_chat_template(self.tokenizer, INSTRUCTIONS.get(instruction, instruction))
+        self.prompts = Prompts(self.tokenizer, parts)
+        self.geometry = probe(self.hf_model)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What ties a cache to this model."""
+        return Origin(
+            model_id=self.model_id,
+            fingerprint=fingerprint.model_fingerprint(self.hf_model),
+            tokenizer_hash=fingerprint.tokenizer_hash(self.tokenizer),
+            dtype=str(self.hf_model.dtype).removeprefix("torch."),
+        )
+
+    def prefill(
+        self,
+        context: str | Tensor,
+        *,
+        load_score: bool | str | Path = False,
+        prefill_chunk: int = PREFILL_CHUNK,
+        score_chunk: int = reconstruction.CHUNK_SIZE,
+        progress: Progress = silent,
+    ) -> ContextCache:
+        """Read a context and score its pairs: everything but pruning.
+
+        Args:
+            context: text, or its token ids `[n]`.
+            load_score: score whole heads from a file instead of scoring pairs by reconstruction:
+                True for the one beside the model's weights, or a path (see `scoring.heads`).
+            prefill_chunk: tokens of one forward pass while reading.
+            score_chunk: tokens that one scoring pass makes the model repeat.
+            progress: called with the stage, the tokens done and the tokens in all.
+
+        Returns:
+            A full cache; call `prune` on it.
+
+        Raises:
+            KVzipError: if the context is empty or too long for the model.
+        """
+        kv = self.read(context, prefill_chunk=prefill_chunk, progress=progress)
+        return self.score(kv, load_score=load_score, score_chunk=score_chunk, progress=progress)
+
+    def read(
+        self,
+        context: str | Tensor,
+        *,
+        prefill_chunk: int = PREFILL_CHUNK,
+        progress: Progress = silent,
+    ) -> ContextCache:
+        """Stage 1: read prefix and context and hold every pair, without scores.
+
+        Raises:
+            KVzipError: if the context is empty or too long for the model.
+        """
+        prefix = self.prompts.prefix_ids()
+        ids = (
+            self.prompts.context_ids(context) if isinstance(context, str) else context.cpu().long()
+        )
+        if ids.ndim != 1 or not len(ids):
+            raise KVzipError(f"a context is text or token ids [n], n > 0: got shape {[*ids.shape]}")
+        if prefill_chunk < 1:
+            raise KVzipError(f"prefill_chunk is {prefill_chunk}: read at least one token at a time")
+        document = Document(torch.cat([prefix, ids]), len(prefix))
+        if len(document.token_ids) >= self.geometry.max_positions:
+            raise KVzipError(
+                f"the context takes {len(document.token_ids)} positions with its prefix, the model "
+                f"has {self.geometry.max_positions}: shorten it or choose another model"
+            )
+        layers = prefill(
+            self.hf_model,
+            self.geometry,
+            document.token_ids,
+            chunk_size=prefill_chunk,
+            retain=self.retain,
+            progress=progress,
+        )
+        return ContextCache(layers, document, self.origin)
+
+    def score(
+        self,
+        kv: ContextCache,
+        *,
+        load_score: bool | str | Path = False,
+        score_chunk: int = reconstruction.CHUNK_SIZE,
+        progress: Progress = silent,
+    ) -> ContextCache:
+        """Stage 2: score the context's pairs; arguments as in `prefill`. Returns the same cache."""
+        self._check(kv)
+        if load_score is False:
+            kv.scores = reconstruction.score(
+                self.hf_model,
+                self.prompts,
+                kv,
+                max_positions=self.geometry.max_positions,
+                chunk_size=score_chunk,
+                progress=progress,
+            )
+        else:
+            folder = Path(self.hf_model.name_or_path)
+            path = folder / heads.FILE_NAME if load_score is True else Path(load_score)
+            kv.scores = heads.load(path, self.geometry, kv.document.context_length)
+        return kv
+
+    def apply_template(self, query: str, *, kv: ContextCache | None = None) -> Tensor:
+        """Token ids `[t]` of a question: right behind the context, or behind the answers in `kv`.
+
+        Args:
+            query: the question.
+            kv: a cache whose conversation goes on with this question.
+
+        Raises:
+            KVzipError: if the question is empty.
+        """
+        if kv is None or not len(kv.history):
+            return self.prompts.query_ids(query)
+        ids = self.prompts.turn_ids(query)
+        return ids[1:] if kv.history[-1] == ids[0] else ids
+
+    def generate(
+        self,
+        query: str | Tensor,
+        *,
+        kv: ContextCache,
+        update_cache: bool = False,
+        streamer: BaseStreamer | None = None,
+        **settings: Any,
+    ) -> str:
+        """Stage 5: answer a question, greedily unless told otherwise.
+
+        Args:
+            query: token ids `[t]` from `apply_template`, or the question itself.
+            kv: the cache, pruned or not.
+            update_cache: keep question and answer in the cache, for a conversation.
+            streamer: a transformers streamer that gets each new token.
+            settings: of transformers' `GenerationConfig`: `max_new_tokens` (512 if there is room),
+                `do_sample`, `temperature`, `stop_strings`, ...
+
+        Raises:
+            KVzipError: if the cache belongs to another model or positions run out.
+        """
+        self._check(kv)
+        query_ids = self.apply_template(query, kv=kv) if isinstance(query, str) else query
+        answer = decoding.generate(
+            self.hf_model,
+            self.tokenizer,
+            kv,
+            query_ids.view(-1),
+            max_positions=self.geometry.max_positions,
+            update_cache=update_cache,
+            streamer=streamer,
+            **settings,
+        )
+        return self.prompts.decode(answer)
+
+    def ask(self, kv: ContextCache, queries: Sequence[str], **settings: Any) -> list[str]:
+        """Answer a batch of questions on one context in one go; each answer as if asked alone.
+
+        Args:
+            kv: the cache; it is not changed.
+            queries: the questions.
+            settings: as in `generate`.
+        """
+        self._check(kv)
+        if isinstance(queries, str):
+            raise KVzipError("ask takes a list of questions: put the question in brackets")
+        if not queries:
+            return []
+        answers = decoding.generate_batch(
+            self.hf_model,
+            self.tokenizer,
+            kv,
+            [self.apply_template(query, kv=kv) for query in queries],
+            max_positions=self.geometry.max_positions,
+            **settings,
+        )
+        return [self.prompts.decode(answer) for answer in answers]
+
+    def load(self, path: str | Path) -> ContextCache:
+        """Open a cache that was saved with `kv.save(path)` from the same model.
+
+        Raises:
+            KVzipError: if the file is missing, damaged, or was made with another model.
+        """
+        return storage.load(
+            path, self.origin, device=self.hf_model.device, dtype=self.hf_model.dtype
+        )
+
+    def _check(self, kv: ContextCache) -> None:
+        if kv.origin.fingerprint != self.origin.fingerprint:
+            raise KVzipError(
+                f"this cache was made with model {kv.origin.model_id}, not with {self.model_id}: "
+                "ask the model that read the context"
+            )

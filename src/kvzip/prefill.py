@@ -1,0 +1,171 @@
+"""Stage 1: read prefix and context in chunks, and hold every pair."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from kvzip.geometry import Geometry, LayerGeometry
+from kvzip.kernels import reference
+from kvzip.layers import AnsweringLayer, ContextLayer, Layer, Pairs, SlidingLayer, Tail
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, the tokens done and the tokens in all."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    geometry: Geometry,
+    token_ids: Tensor,
+    *,
+    chunk_size: int,
+    retain: bool,
+    progress: Progress = silent,
+) -> list[AnsweringLayer]:
+    """Run tokens through a model and return the full cache, a layer each, with empty tails.
+
+    Logits are never computed. A chunk sees all tokens before it, so that the chunk size changes
+    memory and speed but, beyond rounding, not the result.
+
+    Args:
+        model: a model whose attention implementation is `"kvzip"`.
+        geometry: its geometry.
+        token_ids: `[p + n]`, int64, on the CPU.
+        chunk_size: tokens of one forward pass.
+        retain: whether layers keep the dense pairs when they are pruned.
+        progress: called with `("prefill", done, total)` after each chunk.
+    """
+    total = len(token_ids)
+    cache = PrefillCache([_reading_layer(layer, total) for layer in geometry.layers])
+    done = 0
+    for chunk in token_ids.split(chunk_size):
+        model.base_model(
+            input_ids=chunk[None].to(model.device), past_key_values=cache, use_cache=True
+        )
+        done += len(chunk)
+        progress("prefill", done, total)
+    return cache.finish(retain)
+
+
+def _reading_layer(geometry: LayerGeometry, total: int) -> "FullReadingLayer | SlidingReadingLayer":
+    if geometry.window is None:
+        return FullReadingLayer(total)
+    return SlidingReadingLayer(geometry.window)
+
+
+class FullReadingLayer(Layer):
+    """Full attention while reading: one buffer of the final size, written in place.
+
+    Args:
+        total: tokens that will be read.
+    """
+
+    def __init__(self, total: int) -> None:
+        super().__init__()
+        self.total = total
+        self.length = 0
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Write a chunk's pairs behind those of the chunks before it."""
+        if self.buffers is None:
+            self.buffers = (self._buffer(keys), self._buffer(values))
+        end = self.length + keys.shape[2]
+        for buffer, new in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, self.length : end] = new[0]
+        self.length = end
+
+    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attend causally to everything read so far."""
+        assert self.buffers is not None
+        keys, values = (buffer[None, :, : self.length] for buffer in self.buffers)
+        return reference.causal_attention(query, keys, values, scale)
+
+    def get_seq_length(self) -> int:
+        """Positions read so far."""
+        return self.length
+
+    def finish(self, retain: bool) -> ContextLayer:
+        """Turn into a layer that answers; the pairs are handed over, not copied."""
+        assert self.buffers is not None
+        dense = Pairs.dense(*self.buffers)
+        return ContextLayer(self.length, dense, Tail(), dense if retain else None)
+
+    def _buffer(self, new: Tensor) -> Tensor:
+        return new.new_empty((new.shape[1], self.total, new.shape[3]))
+
+
+class SlidingReadingLayer(Layer):
+    """Sliding attention while reading: holds the chunk and the window before it, no more."""
+
+    is_sliding = True
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.length = 0
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Put a chunk's pairs behind the last window of those before it."""
+        self.length += keys.shape[2]
+        if self.held is not None:
+            old_keys, old_values = self._last_window()
+            keys = torch.cat([old_keys, keys], dim=2)
+            values = torch.cat([old_values, values], dim=2)
+        self.held = (keys, values)
+
+    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attend within the window, a window's worth of queries at a time: linear in length."""
+        assert self.held is not None
+        keys, values = self.held
+        total, before = keys.shape[2], keys.shape[2] - query.shape[2]
+        positions = torch.arange(total, device=query.device)[None]
+        parts = []
+        for start in range(before, total, self.window):
+            end = min(start + self.window, total)
+            seen = slice(max(0, start - self.window + 1), end)
+            parts.append(
+                reference.sliding_attention(
+                    query[:, :, start - before : end - before],
+                    keys[:, :, seen],
+                    values[:, :, seen],
+                    positions[:, start:end],
+                    positions[:, seen],
+                    self.window,
+                    scale,
+                )
+            )
+        return torch.cat(parts, dim=2)
+
+    def get_seq_length(self) -> int:
+        """Positions read so far."""
+        return self.length
+
+    def finish(self, retain: bool) -> SlidingLayer:
+        """Turn into a layer that answers, with the last window of the context."""
+        keys, values = (part[0].clone() for part in self._last_window())
+        return SlidingLayer(self.length, keys, values, self.window, Tail())
+
+    def _last_window(self) -> tuple[Tensor, Tensor]:
+        """Views of the tokens that the next query still sees, `[1, H, w, D]` with `w < window`."""
+        assert self.held is not None
+        start = max(0, self.held[0].shape[2] - (self.window - 1))
+        return self.held[0][:, :, start:], self.held[1][:, :, start:]
+
+
+class PrefillCache(Cache):
+    """The cache of a context that is being read."""
+
+    def __init__(self, layers: Sequence[FullReadingLayer | SlidingReadingLayer]) -> None:
+        super().__init__(layers=list(layers))
+
+    def finish(self, retain: bool) -> list[AnsweringLayer]:
+        """The same pairs as layers that answer."""
+        return [layer.finish(retain) for layer in self.layers]

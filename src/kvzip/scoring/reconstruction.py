@@ -1,0 +1,118 @@
+"""Scores from reconstruction: how much attention a pair gets while the model repeats its context.
+
+Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", NeurIPS 2025,
+arXiv 2505.23416, section 3. The context is cut into chunks; for each, one forward pass reads a
+request to repeat the chunk and the chunk itself on top of the cache (teacher forcing).
+"""
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from kvzip.cache import ContextCache, Scores
+from kvzip.errors import KVzipError
+from kvzip.kernels import reference
+from kvzip.layers import AnsweringLayer, ContextLayer, Tail
+from kvzip.prefill import Progress, silent
+from kvzip.prompts import Prompts
+
+CHUNK_SIZE = 2000
+"""Tokens that one request asks the model to repeat (the paper's m)."""
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    kv: ContextCache,
+    *,
+    max_positions: int,
+    chunk_size: int = CHUNK_SIZE,
+    progress: Progress = silent,
+) -> Scores:
+    """Score every context pair of the layers with full attention.
+
+    Args:
+        model: the model that made the cache.
+        prompts: its prompts.
+        kv: a full cache; it is read, never changed.
+        max_positions: positions that the model was made for.
+        chunk_size: context tokens that one forward pass repeats.
+        progress: called with `("score", done, total)` after each chunk.
+
+    Returns:
+        Scores `[L, H, n]`, each the largest attention probability that the pair gets from any
+        query of its chunk's repeat input.
+
+    Raises:
+        KVzipError: if pairs are evicted already, or the repeat does not fit the model's positions.
+    """
+    if not kv.kept.all():
+        raise KVzipError("an evicted cache cannot be scored again: prefill the context anew")
+    p, n = kv.document.prefix_length, kv.document.context_length
+    context = kv.document.token_ids[p:]
+    chunks = context.split(chunk_size)
+    repeats = [
+        prompts.repeat_ids(chunks[j - 1] if j else None, chunk) for j, chunk in enumerate(chunks)
+    ]
+    needed = p + n + max(len(repeat) for repeat in repeats)
+    if needed > max_positions:
+        raise KVzipError(
+            f"scoring a context of {n} tokens in chunks of {chunk_size} takes {needed} positions, "
+            f"the model has {max_positions}: shorten the context or pass a smaller score_chunk"
+        )
+    scores: list[Tensor] = []
+    start = p
+    for chunk, repeat in zip(chunks, repeats, strict=True):
+        layers = [_repeating(layer, p, slice(start, start + len(chunk))) for layer in kv.layers]
+        model.base_model(
+            input_ids=repeat[None].to(model.device),
+            past_key_values=Cache(layers=layers),
+            use_cache=True,
+        )
+        chunk_scores = [
+            layer.chunk_scores.cpu() for layer in layers if isinstance(layer, RepeatingLayer)
+        ]
+        scores.append(torch.stack(chunk_scores))
+        start += len(chunk)
+        progress("score", start - p, n)
+    return Scores(torch.cat(scores, dim=-1).float(), "reconstruction")
+
+
+def _repeating(layer: AnsweringLayer, prefix_length: int, chunk: slice) -> AnsweringLayer:
+    """A throw-away layer over the same context that reads one repeat input."""
+    if isinstance(layer, ContextLayer):
+        return RepeatingLayer(layer, prefix_length, chunk)
+    return layer.fork(Tail())
+
+
+class RepeatingLayer(ContextLayer):
+    """Observes the queries of a repeat input and scores one chunk of the context by them.
+
+    Args:
+        layer: the layer whose full context is read.
+        prefix_length: p.
+        chunk: positions of the chunk that is repeated.
+    """
+
+    chunk_scores: Tensor
+    """`[H, m]`, there after the forward pass."""
+
+    def __init__(self, layer: ContextLayer, prefix_length: int, chunk: slice) -> None:
+        super().__init__(layer.seen, layer.context, Tail())
+        self.prefix_length = prefix_length
+        self.chunk = chunk
+
+    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+        """Score the chunk, then attend as usual."""
+        context, (repeat_keys, repeat_values) = self.context.dense_keys(), self.tail.view()
+        self.chunk_scores = reference.reconstruction_score(
+            query[0],
+            context[:, : self.prefix_length],
+            context[:, self.chunk],
+            repeat_keys[0],
+            scale,
+        )
+        keys = torch.cat([context[None], repeat_keys], dim=2)
+        values = torch.cat([self.context.dense_values()[None], repeat_values], dim=2)
+        return reference.causal_attention(query, keys, values, scale)

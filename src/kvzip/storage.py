@@ -1,0 +1,268 @@
+"""The .kvz file: a zipped context on disk, as one safetensors file.
+
+    token_ids            [p + n]      int64
+    layers.{i}.keys      [rows, D]    packed; [H, w, D] in a sliding layer
+    layers.{i}.values    [rows, D]    likewise
+    layers.{i}.indptr    [H + 1]      int64    (not in sliding layers, as the rest)
+    layers.{i}.positions [rows]       int32    original position of each row
+    layers.{i}.scores    [rows]       float32  score of each row, infinity for the prefix
+
+Metadata: one JSON object (`Header`) and checksums. Nothing is pickled. A file is written whole or
+not at all.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvzip.cache import ContextCache, Document, Origin, Scores
+from kvzip.errors import KVzipError
+from kvzip.layers import AnsweringLayer, ContextLayer, Pairs, SlidingLayer, Tail
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a .kvz file says about itself.
+
+    Attributes:
+        version: version of the file format.
+        origin: the model that the cache belongs to.
+        prefix_length: p, tokens in front of the context.
+        context_tokens: n.
+        ratio: the keep ratio that was asked for.
+        realised_ratio: share of the context's pairs in the file.
+        scorer: name of the scorer, None if the pairs were not scored.
+        windows: window of each layer in tokens, None for a layer with full attention.
+        checksums: CRC-32 of each tensor's bytes.
+    """
+
+    version: int
+    origin: Origin
+    prefix_length: int
+    context_tokens: int
+    ratio: float
+    realised_ratio: float
+    scorer: str | None
+    windows: list[int | None]
+    checksums: dict[str, int]
+
+
+def save(kv: ContextCache, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the context of a cache, without its tail, to a file.
+
+    Args:
+        kv: the cache.
+        path: where to write.
+        overwrite: whether a file that is there already may be replaced.
+
+    Raises:
+        KVzipError: if the file exists and `overwrite` is False, or cannot be written.
+    """
+    path = Path(path)
+    check_output(path, overwrite=overwrite)
+    tensors = _tensors(kv)
+    header = Header(
+        version=FORMAT_VERSION,
+        origin=kv.origin,
+        prefix_length=kv.document.prefix_length,
+        context_tokens=kv.document.context_length,
+        ratio=kv.ratio,
+        realised_ratio=kv.realised_ratio,
+        scorer=kv.scores.scorer if kv.scores else None,
+        windows=[getattr(layer, "window", None) for layer in kv.layers],
+        checksums={name: _checksum(tensor) for name, tensor in tensors.items()},
+    )
+    text = json.dumps(asdict(header))
+    metadata = {"kvzip": text, "kvzip_crc32": str(zlib.crc32(text.encode()))}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise KVzipError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise KVzipError unless a file can be made at `path`; called before long work, too."""
+    if path.is_dir():
+        raise KVzipError(f"{path} is a folder: name a file to write")
+    if not path.parent.is_dir():
+        raise KVzipError(f"the folder {path.parent} does not exist: create it first")
+    if path.exists() and not overwrite:
+        raise KVzipError(f"{path} exists: choose another name, or overwrite it (--force)")
+
+
+def read_header(path: str | Path) -> Header:
+    """Read what a file says about itself, without its tensors.
+
+    Raises:
+        KVzipError: if the file is missing, truncated, damaged, not a .kvz file, or of another
+            format version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise KVzipError(f"{path} is a folder: name a .kvz file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except FileNotFoundError as error:
+        raise KVzipError(f"there is no file {path}") from error
+    except (OSError, SafetensorError) as error:
+        raise KVzipError(f"{path} is no .kvz file, or is truncated: {error}") from error
+    return _parse_header(path, metadata)
+
+
+def read_lengths(path: str | Path) -> Tensor:
+    """Rows that each KV head of each prunable layer holds, `[L, H]`, prefix included."""
+    header = read_header(path)
+    names = [f"layers.{i}.indptr" for i, window in enumerate(header.windows) if window is None]
+    tensors = _read_tensors(Path(path), header, names)
+    return torch.stack([tensors[name].diff() for name in names])
+
+
+def load(
+    path: str | Path, origin: Origin, *, device: torch.device, dtype: torch.dtype
+) -> ContextCache:
+    """Read a cache that was saved from the same model.
+
+    Args:
+        path: a .kvz file.
+        origin: the model at hand.
+        device: where to put keys and values.
+        dtype: the model's dtype; keys and values are converted to it.
+
+    Raises:
+        KVzipError: as `read_header`; also if a tensor is damaged or missing, or the file belongs to
+            another model or tokenizer.
+    """
+    path = Path(path)
+    header = read_header(path)
+    if header.origin.fingerprint != origin.fingerprint:
+        raise KVzipError(
+            f"{path} was made with model {header.origin.model_id} (fingerprint "
+            f"{header.origin.fingerprint}), not with {origin.model_id} ({origin.fingerprint}): "
+            "load it with that model"
+        )
+    if header.origin.tokenizer_hash != origin.tokenizer_hash:
+        raise KVzipError(
+            f"{path} was made with another tokenizer or chat template of {header.origin.model_id}: "
+            "zip the document again"
+        )
+    tensors = _read_tensors(path, header)
+    try:
+        layers, scores = _assemble(header, tensors, device, dtype)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise KVzipError(f"{path} is damaged: {error}") from error
+    return ContextCache(
+        layers,
+        Document(tensors["token_ids"], header.prefix_length),
+        origin,
+        scores=scores,
+        ratio=header.ratio,
+    )
+
+
+def _tensors(kv: ContextCache) -> dict[str, Tensor]:
+    """Every tensor of a file, by name, on the CPU."""
+    tensors = {"token_ids": kv.document.token_ids}
+    scores = iter(kv.scores.values if kv.scores else ())
+    for i, layer in enumerate(kv.layers):
+        if isinstance(layer, SlidingLayer):
+            parts = {"keys": layer.context_keys, "values": layer.context_values}
+        else:
+            context = layer.context
+            parts = {
+                "keys": context.keys,
+                "values": context.values,
+                "indptr": context.indptr,
+                "positions": context.kept.nonzero()[:, 1].int(),
+            }
+            if kv.scores:
+                layer_scores = next(scores)
+                prefix = layer_scores.new_full(
+                    (len(layer_scores), kv.document.prefix_length), torch.inf
+                )
+                parts["scores"] = torch.cat([prefix, layer_scores], dim=1)[context.kept]
+        for name, part in parts.items():
+            tensors[f"layers.{i}.{name}"] = part.cpu().contiguous()
+    return tensors
+
+
+def _assemble(
+    header: Header, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> tuple[list[AnsweringLayer], Scores | None]:
+    """Layers and scores from the tensors of a file."""
+    seen = header.prefix_length + header.context_tokens
+    layers: list[AnsweringLayer] = []
+    scores = []
+    for i, window in enumerate(header.windows):
+        keys = tensors[f"layers.{i}.keys"].to(device, dtype)
+        values = tensors[f"layers.{i}.values"].to(device, dtype)
+        if window is not None:
+            layers.append(SlidingLayer(seen, keys, values, window, Tail()))
+            continue
+        indptr = tensors[f"layers.{i}.indptr"]
+        positions = tensors[f"layers.{i}.positions"].long()
+        heads = torch.repeat_interleave(torch.arange(len(indptr) - 1), indptr.diff())
+        kept = torch.zeros(len(indptr) - 1, seen, dtype=torch.bool)
+        kept[heads, positions] = True
+        layers.append(ContextLayer(seen, Pairs(keys, values, kept), Tail()))
+        if header.scorer is not None:
+            layer_scores = torch.zeros(kept.shape)
+            layer_scores[heads, positions] = tensors[f"layers.{i}.scores"]
+            scores.append(layer_scores[:, header.prefix_length :])
+    if header.scorer is None:
+        return layers, None
+    return layers, Scores(torch.stack(scores), header.scorer)
+
+
+def _parse_header(path: Path, metadata: Mapping[str, str]) -> Header:
+    text = metadata.get("kvzip")
+    if text is None:
+        raise KVzipError(f"{path} is a safetensors file, but no .kvz file")
+    if metadata.get("kvzip_crc32") != str(zlib.crc32(text.encode())):
+        raise KVzipError(f"{path} is damaged: the checksum of its header is wrong")
+    fields: dict[str, Any] = json.loads(text)
+    if fields.get("version") != FORMAT_VERSION:
+        raise KVzipError(
+            f"{path} has format version {fields.get('version')}, this kvzip reads version "
+            f"{FORMAT_VERSION}: zip the document again"
+        )
+    return Header(**{**fields, "origin": Origin(**fields["origin"])})
+
+
+def _read_tensors(path: Path, header: Header, names: list[str] | None = None) -> dict[str, Tensor]:
+    """Read tensors (all that the header lists, if `names` is None) and verify their checksums."""
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            there = set(file.keys())
+            for name in header.checksums if names is None else names:
+                if name not in there:
+                    raise KVzipError(f"{path} is damaged: tensor {name} is missing")
+                tensors[name] = file.get_tensor(name)
+                if _checksum(tensors[name]) != header.checksums[name]:
+                    raise KVzipError(f"{path} is damaged: the checksum of {name} is wrong")
+    except (OSError, SafetensorError) as error:
+        raise KVzipError(f"{path} cannot be read: {error}") from error
+    return tensors
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
