@@ -5,8 +5,8 @@
     | prefix | kept pairs of each KV head |  <-- query sees -->| question and answer   |
     +--------+----------------------------+                   +-----------------------+
 
-Attention over the two is computed apart and merged, so that appending never copies the context and
-dropping a tail restores the cache exactly. A full (unpruned) context has the same form: all of its
+Attention reads the two where they are, so that appending never copies the context and dropping a
+tail restores the cache exactly. A full (unpruned) context has the same form: all of its
 heads are equally long.
 """
 
@@ -207,12 +207,15 @@ class ContextLayer(AnsweringLayer):
 
     def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
         """Attend to the context and, causally, to the tail."""
-        context, (tail_keys, tail_values) = self.context, self.tail.view()
-        from_context = reference.ragged_attention(
-            query, context.keys, context.values, context.indptr, scale
+        return reference.zipped_attention(
+            query,
+            self.context.keys,
+            self.context.values,
+            self.context.indptr,
+            *self.tail.view(),
+            scale,
+            self.tail.starts,
         )
-        from_tail = reference.tail_attention(query, tail_keys, tail_values, scale, self.tail.starts)
-        return reference.merge(*from_context, *from_tail).to(query.dtype)
 
     def fork(self, tail: Tail) -> "ContextLayer":
         """A layer that shares this context, with another tail."""

@@ -12,8 +12,7 @@ Packed pairs are `[rows, D]` with `indptr` `[H + 1]`: head `h` owns rows `indptr
     rows  | prefix | kept pairs of head 0 | prefix | kept of head 1 | ...
           ^ indptr[0]                     ^ indptr[1]               ^ indptr[2]
 
-Partial attention returns its output together with the log-sum-exp of its logits, so that parts over
-different keys can be merged exactly (`merge`). Half-precision inputs are accumulated in float32.
+Half-precision inputs are accumulated in float32.
 """
 
 from itertools import pairwise
@@ -87,91 +86,58 @@ def sliding_attention(
     )
 
 
-def ragged_attention(
-    query: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention over packed pairs: every query row sees all the pairs of its KV head.
+def zipped_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indptr: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """Attention over a packed context, which every query sees, and a causal tail behind it.
+
+    The last `t` tokens of the tail are the queries themselves.
 
     Args:
         query: `[B, Hq, t, D]`.
         keys: `[rows, D]`, packed.
         values: `[rows, D]`, packed.
         indptr: `[H + 1]`, int64, on the CPU.
+        tail_keys: `[B, H, s, D]` with `s >= t`.
+        tail_values: `[B, H, s, D]`.
         scale: factor on the logits.
+        starts: `[B]`, int64: first column of the tail that is no padding (rows padded on the left),
+            or None. Padding is seen by nothing but itself.
 
     Returns:
-        Output `[B, Hq, t, D]` and log-sum-exp `[B, Hq, t]`, float32 or wider; a head without
-        pairs gives zeros and `-inf`.
+        `[B, Hq, t, D]` in the dtype of `query`.
     """
     batch, query_heads, t, _ = query.shape
-    group = query_heads // (len(indptr) - 1)
+    kv_heads, s = tail_keys.shape[1:3]
     accumulate = _accumulation_dtype(query)
-    out = query.new_zeros((batch, query_heads, t, values.shape[-1]), dtype=accumulate)
-    lse = query.new_full((batch, query_heads, t), -torch.inf, dtype=accumulate)
-    for h, (start, end) in enumerate(pairwise(indptr.tolist())):
-        if start == end:
-            continue
-        heads = slice(h * group, (h + 1) * group)
-        head_keys = keys[start:end].to(accumulate)
-        head_values = values[start:end].to(accumulate)
-        for rows in _blocks(t, batch * group * (end - start)):
-            logits = query[:, heads, rows].to(accumulate) @ head_keys.T * scale
-            lse[:, heads, rows] = logits.logsumexp(-1)
-            out[:, heads, rows] = logits.softmax(-1) @ head_values
-    return out, lse
-
-
-def tail_attention(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, starts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Causal attention over the tail, whose last `t` tokens are the queries themselves.
-
-    Args:
-        query: `[B, Hq, t, D]`.
-        keys: `[B, H, s, D]` with `s >= t`.
-        values: `[B, H, s, D]`.
-        scale: factor on the logits.
-        starts: `[B]`, int64: first valid column of each row (rows padded on the left), or None.
-
-    Returns:
-        Output `[B, Hq, t, D]` and log-sum-exp `[B, Hq, t]`, float32 or wider; a query that sees
-        nothing (padding) gives zeros and `-inf`.
-    """
-    batch, query_heads, t, _ = query.shape
-    kv_heads, s = keys.shape[1:3]
-    accumulate = _accumulation_dtype(query)
-    grouped = query.unflatten(1, (kv_heads, -1)).to(accumulate)  # [B, H, G, t, D]
-    keys, values = keys[:, :, None].to(accumulate), values[:, :, None].to(accumulate)
-    columns = torch.arange(s, device=query.device)
-    out, lse = [], []
-    for rows in _blocks(t, batch * query_heads * s):
-        logits = grouped[..., rows, :] @ keys.mT * scale  # [B, H, G, block, s]
-        hidden = columns > columns[s - t :][rows, None]  # [block, s]
-        if starts is not None:
-            hidden = hidden | (columns < starts[:, None, None, None, None])
-        logits = logits.masked_fill(hidden, -torch.inf)
-        lse.append(logits.logsumexp(-1))
-        weights = torch.exp(logits - lse[-1].clamp_min(torch.finfo(accumulate).min)[..., None])
-        out.append(weights @ values)
-    return torch.cat(out, dim=-2).flatten(1, 2), torch.cat(lse, dim=-1).flatten(1, 2)
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
-    """Join attention over two disjoint sets of keys into attention over their union.
-
-    Args:
-        out_a: `[..., D]`, attention over the first set.
-        lse_a: `[...]`, log-sum-exp of its logits; `-inf` where the set is empty.
-        out_b: `[..., D]`, attention over the second set.
-        lse_b: `[...]`.
-
-    Returns:
-        `[..., D]`; zeros where both sets are empty.
-    """
-    top = torch.maximum(lse_a, lse_b).clamp_min(torch.finfo(lse_a.dtype).min)
-    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
-    total = (weight_a + weight_b).clamp_min(torch.finfo(lse_a.dtype).tiny)
-    return (weight_a / total)[..., None] * out_a + (weight_b / total)[..., None] * out_b
+    grouped = query.to(accumulate).unflatten(1, (kv_heads, -1)) * scale  # [B, H, G, t, D]
+    tail_keys = tail_keys[:, :, None].to(accumulate)
+    tail_values = tail_values[:, :, None].to(accumulate)
+    hidden = _hidden_in_tail(t, s, starts, query.device)
+    spans = [slice(start, end) for start, end in pairwise(indptr.tolist())]
+    longest = max(span.stop - span.start for span in spans)
+    blocks = []
+    for rows in _blocks(t, batch * query_heads * (longest + s)):
+        queries = grouped[..., rows, :]
+        on_tail = queries @ tail_keys.mT  # [B, H, G, block, s]
+        if hidden is not None:
+            on_tail = on_tail.masked_fill(hidden[..., rows, :], -torch.inf)
+        from_context, tail_weights = [], []
+        for h, span in enumerate(spans):
+            on_context = queries[:, h] @ keys[span].to(accumulate).T  # [B, G, block, rows of h]
+            weights = torch.cat([on_context, on_tail[:, h]], dim=-1).softmax(-1)
+            from_context.append(weights[..., :-s] @ values[span].to(accumulate))
+            tail_weights.append(weights[..., -s:])
+        from_tail = torch.stack(tail_weights, dim=1) @ tail_values
+        blocks.append(torch.stack(from_context, dim=1) + from_tail)
+    return torch.cat(blocks, dim=-2).flatten(1, 2).to(query.dtype)
 
 
 def reconstruction_score(
@@ -223,6 +189,18 @@ def compact(keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]
     """
     index = rows.nonzero().squeeze(-1)
     return keys.index_select(0, index), values.index_select(0, index)
+
+
+def _hidden_in_tail(t: int, s: int, starts: Tensor | None, device: torch.device) -> Tensor | None:
+    """`[B or 1, 1, 1, t, s]`, bool: tail columns that each query must not see, or None."""
+    if t == 1 and starts is None:
+        return None
+    columns = torch.arange(s, device=device)
+    own = columns[s - t :, None]
+    hidden = (columns > own)[None, None, None]  # [1, 1, 1, t, s]
+    if starts is None:
+        return hidden
+    return hidden | ((columns < starts[:, None, None, None, None]) & (columns != own))
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
