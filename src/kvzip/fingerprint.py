@@ -34,7 +34,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
             continue
         flat = parameter.detach().flatten()
         stride = max(1, flat.numel() // SAMPLES_PER_TENSOR)
-        sample = flat[::stride][:SAMPLES_PER_TENSOR].to("cpu", torch.bfloat16)
+        sample = flat[::stride][:SAMPLES_PER_TENSOR].to("cpu", torch.bfloat16).contiguous()
         digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 

@@ -130,6 +130,12 @@ class ModelKVzip:
         )
         if ids.ndim != 1 or not len(ids):
             raise KVzipError(f"a context is text or token ids [n], n > 0: got shape {[*ids.shape]}")
+        vocabulary = self.hf_model.get_input_embeddings().num_embeddings
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise KVzipError(
+                f"token ids run from {ids.min()} to {ids.max()}, the model knows 0 to "
+                f"{vocabulary - 1}"
+            )
         if prefill_chunk < 1:
             raise KVzipError(f"prefill_chunk is {prefill_chunk}: read at least one token at a time")
         document = Document(torch.cat([prefix, ids]), len(prefix))

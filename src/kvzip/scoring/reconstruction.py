@@ -49,6 +49,8 @@ def score(
     """
     if not kv.kept.all():
         raise KVzipError("an evicted cache cannot be scored again: prefill the context anew")
+    if chunk_size < 1:
+        raise KVzipError(f"score_chunk is {chunk_size}: repeat at least one token at a time")
     p, n = kv.document.prefix_length, kv.document.context_length
     context = kv.document.token_ids[p:]
     chunks = context.split(chunk_size)
