@@ -1,0 +1,198 @@
+"""Scores against an oracle that shares no code with the package."""
+
+import pytest
+import torch
+from models import (
+    GEMMA3_LAYERS,
+    KINDS,
+    TEXT,
+    Oracle,
+    assert_same,
+    logits_of,
+    make_model,
+    make_tokenizer,
+    random_ids,
+    shared_model,
+    snapshot,
+)
+from torch import Tensor
+
+from kvzip import KVzipError
+from kvzip.scoring import heads
+
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+ONE_CHUNK, SHORT_LAST_CHUNK = (37, 64), (90, 25)
+
+
+def encode(text: str) -> list[int]:
+    return make_tokenizer().encode(text, add_special_tokens=False)
+
+
+def oracle_scores(kind: str, token_ids: Tensor, p: int, chunk_size: int) -> Tensor:
+    """`[L, H, n]`, float64: a whole forward pass of the stock model for every chunk."""
+    n = len(token_ids) - p
+    parts = []
+    for start in range(p, p + n, chunk_size):
+        chunk = token_ids[start : start + chunk_size].tolist()
+        if start == p:
+            request = encode("\n\nRepeat the previous context exactly.")
+        else:
+            request = encode("\n\nRepeat the part of the previous context exactly, starting with ")
+            request += token_ids[start - 8 : start].tolist()
+        repeat = request + encode(SUFFIX) + chunk
+        oracle = Oracle()
+        oracle.logits(kind, torch.cat([token_ids, torch.tensor(repeat)]), dtype=torch.float64)
+        columns = [*range(p), *range(start, start + len(chunk))]
+        columns += range(p + n, p + n + len(repeat))
+        layers = []
+        for layer in sorted(oracle.keys):
+            if kind == "gemma3" and GEMMA3_LAYERS[layer] == "sliding_attention":
+                continue
+            queries, keys = oracle.queries[layer][:, p + n :], oracle.keys[layer][:, columns]
+            group, scale = len(queries) // len(keys), queries.shape[-1] ** -0.5
+            later = torch.ones(len(repeat), len(columns)).triu(p + len(chunk) + 1).bool()
+            scores = []
+            for head in range(0, len(queries), group):
+                logits = queries[head : head + group] @ keys[head // group].T * scale
+                weights = logits.masked_fill(later, -torch.inf).softmax(-1)
+                scores.append(weights[..., p : p + len(chunk)].amax(dim=(0, 1)))
+            layers.append(torch.stack(scores))
+        parts.append(torch.stack(layers))
+    return torch.cat(parts, dim=-1)
+
+
+@pytest.mark.parametrize(("n", "chunk"), [ONE_CHUNK, SHORT_LAST_CHUNK], ids=["one", "four-chunks"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_scores_equal_the_oracle(kind, n, chunk):
+    model = shared_model(kind)
+    kv = model.prefill(random_ids(n), score_chunk=chunk)
+    expected = oracle_scores(kind, kv.token_ids, kv.document.prefix_length, chunk)
+    assert kv.scores.scorer == "reconstruction"
+    assert kv.scores.values.dtype == torch.float32
+    assert kv.scores.values.shape == expected.shape
+    assert expected.std() > 0.01
+    torch.testing.assert_close(kv.scores.values.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefill_chunk", [1, 7, 16, 64])
+def test_the_prefill_chunk_changes_neither_scores_nor_logits(kind, prefill_chunk):
+    model, context = shared_model(kind), random_ids(50)
+    whole = model.prefill(context)
+    parts = model.prefill(context, prefill_chunk=prefill_chunk)
+    torch.testing.assert_close(parts.scores.values, whole.scores.values, atol=1e-5, rtol=0)
+    query = model.apply_template("what jumps?")
+    torch.testing.assert_close(
+        logits_of(model, parts, query), logits_of(model, whole, query), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_scoring_leaves_the_cache_as_it_was(kind):
+    model = shared_model(kind)
+    kv = model.read(TEXT)
+    model.generate("what jumps?", kv=kv, update_cache=True, max_new_tokens=4)
+    before = snapshot(kv)
+    model.score(kv, score_chunk=20)
+    assert_same(snapshot(kv), before)
+
+
+def test_scores_are_accumulated_in_float32_whatever_the_dtype():
+    context = random_ids(60)
+    half = make_model("qwen2", dtype=torch.bfloat16).prefill(context).scores.values
+    exact = shared_model("qwen2").prefill(context).scores.values
+    assert half.dtype == torch.float32
+    # bfloat16 logits would give probabilities with 8 bits: far fewer different values
+    assert len(half.unique()) > 0.9 * half.numel()
+    torch.testing.assert_close(half, exact, atol=0.1, rtol=0.1)
+
+
+def test_progress_is_reported():
+    calls = []
+    shared_model().prefill(
+        random_ids(50), prefill_chunk=40, score_chunk=20, progress=lambda *call: calls.append(call)
+    )
+    total = 50 + len(shared_model().prompts.prefix_ids())
+    reading = [("prefill", min(done, total), total) for done in range(40, total + 40, 40)]
+    assert calls == [*reading, ("score", 20, 50), ("score", 40, 50), ("score", 50, 50)]
+
+
+def test_a_chunk_size_must_be_positive():
+    kv = shared_model().read(TEXT)
+    for size in (0, -1):
+        with pytest.raises(KVzipError, match="chunk"):
+            shared_model().score(kv, score_chunk=size)
+        with pytest.raises(KVzipError, match="chunk"):
+            shared_model().read(TEXT, prefill_chunk=size)
+
+
+def test_a_repeat_must_fit_the_positions():
+    model = make_model(max_position_embeddings=200)
+    kv = model.read(random_ids(100))
+    with pytest.raises(KVzipError, match="the model has 200"):
+        model.score(kv)
+    needed = len(kv.token_ids) + len(model.prompts.repeat_ids(random_ids(10), random_ids(1)))
+    assert needed < 200
+    assert model.score(kv, score_chunk=1).scores.values.shape == (3, 2, 100)
+
+
+def test_an_evicted_cache_cannot_be_scored_again():
+    kv = shared_model().prefill(TEXT).prune(0.5)
+    with pytest.raises(KVzipError, match="cannot be scored again"):
+        shared_model().score(kv)
+
+
+@pytest.mark.parametrize(
+    "context", [random_ids(0), random_ids(6).view(2, 3), torch.tensor(3)], ids=["0", "2d", "0d"]
+)
+def test_a_context_is_one_row_of_ids(context):
+    with pytest.raises(KVzipError, match="a context is text or token ids"):
+        shared_model().read(context)
+
+
+def test_an_empty_context_is_refused():
+    with pytest.raises(KVzipError, match="context is empty"):
+        shared_model().prefill("")
+
+
+def test_unknown_token_ids_are_refused():
+    with pytest.raises(KVzipError, match="the model knows 0 to 399"):
+        shared_model().read(torch.tensor([3, 400]))
+
+
+def test_a_context_beyond_the_positions_is_refused():
+    with pytest.raises(KVzipError, match="the model has 1024"):
+        shared_model().prefill(random_ids(1024))
+
+
+class TestHeadScores:
+    def test_round_trip(self, tmp_path):
+        model, path = shared_model("gemma3"), tmp_path / "heads.safetensors"
+        texts = [model.prefill(random_ids(30, seed)).scores for seed in range(3)]
+        reduced = heads.reduce(texts)
+        assert torch.equal(reduced, torch.cat([s.values for s in texts], dim=-1).amax(-1))
+        heads.save(reduced, path)
+        kv = model.prefill(TEXT, load_score=path)
+        assert kv.scores.scorer == "heads"
+        assert torch.equal(kv.scores.values, reduced[..., None].expand_as(kv.scores.values))
+        kv.prune(0.5, level="head")
+        assert kv.kept.all(-1).tolist() == [[bool(h == reduced[0].argmax()) for h in range(2)]]
+        assert torch.equal(kv.kept.any(-1), kv.kept.all(-1))
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(KVzipError, match="there are no head scores at"):
+            shared_model().prefill(TEXT, load_score=tmp_path / "none.safetensors")
+
+    def test_no_head_score_file(self, tmp_path):
+        path = tmp_path / "text.safetensors"
+        path.write_text("hello")
+        with pytest.raises(KVzipError, match="is no head score file"):
+            shared_model().prefill(TEXT, load_score=path)
+
+    def test_scores_of_another_model(self, tmp_path):
+        path = tmp_path / "heads.safetensors"
+        heads.save(torch.rand(2, 8), path)
+        with pytest.raises(
+            KVzipError, match=r"\[2, 8\] layers x KV heads, this model has \[3, 2\]"
+        ):
+            shared_model().prefill(TEXT, load_score=path)
