@@ -83,4 +83,4 @@ def _keep_best(scores: Tensor, count: int) -> Tensor:
     threshold = scores.kthvalue(size - count + 1, dim=-1, keepdim=True).values
     above, equal = scores > threshold, scores == threshold
     free = count - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.cumsum(-1) <= free))
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= free))

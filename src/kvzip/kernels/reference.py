@@ -118,6 +118,7 @@ def zipped_attention(
     kv_heads, s = tail_keys.shape[1:3]
     accumulate = _accumulation_dtype(query)
     grouped = query.to(accumulate).unflatten(1, (kv_heads, -1)) * scale  # [B, H, G, t, D]
+    keys, values = keys.to(accumulate), values.to(accumulate)
     tail_keys = tail_keys[:, :, None].to(accumulate)
     tail_values = tail_values[:, :, None].to(accumulate)
     hidden = _hidden_in_tail(t, s, starts, query.device)
@@ -131,9 +132,9 @@ def zipped_attention(
             on_tail = on_tail.masked_fill(hidden[..., rows, :], -torch.inf)
         from_context, tail_weights = [], []
         for h, span in enumerate(spans):
-            on_context = queries[:, h] @ keys[span].to(accumulate).T  # [B, G, block, rows of h]
+            on_context = queries[:, h] @ keys[span].T  # [B, G, block, rows of h]
             weights = torch.cat([on_context, on_tail[:, h]], dim=-1).softmax(-1)
-            from_context.append(weights[..., :-s] @ values[span].to(accumulate))
+            from_context.append(weights[..., :-s] @ values[span])
             tail_weights.append(weights[..., -s:])
         from_tail = torch.stack(tail_weights, dim=1) @ tail_values
         blocks.append(torch.stack(from_context, dim=1) + from_tail)

@@ -1,0 +1,50 @@
+"""Where a figure comes from: machine, versions, commit and command."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import kvzip
+
+
+def provenance() -> dict[str, Any]:
+    """Everything that a reader needs to judge, or to repeat, a measurement."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "kvzip": kvzip.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _commit() -> str:
+    run = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
