@@ -71,6 +71,11 @@ def generate(
     settings = _settings(settings, kv.seen_tokens + len(query_ids), max_positions)
     sequence = torch.cat([kv.token_ids, query_ids.cpu()])
     before = kv.tail_length
+    if before != max(0, len(kv.history) - 1):
+        raise KVzipError(
+            f"the tail holds {before} tokens that this cache was not told of: hand kv.fork() to "
+            "other code, not kv itself"
+        )
     try:
         output: Tensor = model.generate(
             sequence[None].to(model.device),

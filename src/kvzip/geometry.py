@@ -63,7 +63,7 @@ def probe(model: PreTrainedModel) -> Geometry:
         raise KVzipError(
             f"{type(model).__name__}: layers {missing} do not use transformers' attention interface"
         )
-    max_positions = config.max_position_embeddings
+    max_positions = positions(config)
     layers = tuple(_without_idle_window(layer, max_positions) for layer in found if layer)
     if all(layer.window is not None for layer in layers):
         raise KVzipError(
@@ -71,6 +71,20 @@ def probe(model: PreTrainedModel) -> Geometry:
             "there is nothing to evict"
         )
     return Geometry(layers, max_positions)
+
+
+def positions(config: Any) -> int:
+    """Positions that a text config allows for keys that are computed once and kept.
+
+    Rotary embeddings of types `dynamic` and `longrope` rotate all keys differently once a sequence
+    outgrows the original length, so that cached keys are right only up to it.
+    """
+    limit: int = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = getattr(config, "original_max_position_embeddings", None)
+        limit = min(limit, rope.get("original_max_position_embeddings") or original or limit)
+    return limit
 
 
 def _without_idle_window(layer: LayerGeometry, max_positions: int) -> LayerGeometry:

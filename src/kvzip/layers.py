@@ -185,6 +185,10 @@ class AnsweringLayer(Layer):
         """Forget the last tokens of the tail."""
         self.tail.truncate(self.tail.length - tokens_to_remove)
 
+    def reset(self) -> None:
+        """Forget the tail."""
+        self.tail.truncate(0)
+
     def get_seq_length(self) -> int:
         """Positions seen: prefix, context and tail."""
         return self.seen + self.tail.length

@@ -104,6 +104,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise KVzipError(f"{path} is a folder: name a file to write")
     if not path.parent.is_dir():
         raise KVzipError(f"the folder {path.parent} does not exist: create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise KVzipError(f"the folder {path.parent} is not writable: choose another one")
     if path.exists() and not overwrite:
         raise KVzipError(f"{path} exists: choose another name, or overwrite it (--force)")
 
