@@ -20,6 +20,9 @@ DEFAULT_NEW_TOKENS = 512
 # sampling that many checkpoints bring along.
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
+# Settings that change what transformers' generate returns, with the one value that fits.
+RETURNED = {"num_return_sequences": 1, "return_dict_in_generate": False}
+
 
 class AnswerStreamer(BaseStreamer):
     """Hands a streamer the question as its prompt instead of the whole context."""
@@ -68,8 +71,11 @@ def generate(
     Returns:
         `[tokens]`, int64, on the CPU: the answer with its end token, if it came to that.
     """
-    settings = _settings(settings, kv.seen_tokens + len(query_ids), max_positions)
+    _refuse_unknown_tail(kv)
+    if not len(query_ids):
+        raise KVzipError("the question is empty")
     sequence = torch.cat([kv.token_ids, query_ids.cpu()])
+    settings = _settings(settings, len(sequence), max_positions)
     before = kv.tail_length
     if before != max(0, len(kv.history) - 1):
         raise KVzipError(
@@ -117,8 +123,10 @@ def generate_batch(
         settings: as in `generate`.
 
     Returns:
-        `[tokens]`, int64, on the CPU, for each question.
+        `[tokens]`, int64, on the CPU, for each question; special tokens behind an answer may differ
+        from those of `generate`.
     """
+    _refuse_unknown_tail(kv)
     rows = [torch.cat([kv.history, query.cpu()]) for query in queries]
     longest = max(len(row) for row in rows)
     context = kv.document.token_ids
@@ -132,17 +140,19 @@ def generate_batch(
     columns = torch.arange(longest)
     positions = len(context) + (columns - starts[:, None]).clamp_min(0)
     context_positions = torch.arange(len(context)).expand(len(rows), -1)
+    # Finished rows are filled up with a special token, which adds nothing to an answer's text.
+    filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else int(context[0])
     output = model.generate(
         sequences.to(model.device),
         attention_mask=torch.ones_like(sequences),
         past_key_values=kv.fork(starts.to(model.device)),
         position_ids=torch.cat([context_positions, positions], dim=1).to(model.device),
         tokenizer=tokenizer,
-        pad_token_id=int(context[0]),
+        pad_token_id=filler,
         **settings,
     ).cpu()
     ends = _end_tokens(model, settings)
-    return [_answer(row, ends, int(context[0])) for row in output[:, sequences.shape[1] :]]
+    return [_answer(row, ends, filler) for row in output[:, sequences.shape[1] :]]
 
 
 def _settings(settings: dict[str, Any], used: int, max_positions: int) -> dict[str, Any]:
@@ -154,6 +164,9 @@ def _settings(settings: dict[str, Any], used: int, max_positions: int) -> dict[s
             "the question"
         )
     config = settings.get("generation_config")
+    for name, value in RETURNED.items():
+        if (settings.get(name, getattr(config, name, None)) or value) != value:
+            raise KVzipError(f"{name} must be {value}: one answer is given to each question")
     asked = settings.get("max_new_tokens", config and config.max_new_tokens)
     if asked is None:
         asked = min(DEFAULT_NEW_TOKENS, left)
@@ -163,6 +176,15 @@ def _settings(settings: dict[str, Any], used: int, max_positions: int) -> dict[s
     return {**({} if sampled else GREEDY), **settings, "max_new_tokens": asked}
 
 
+def _refuse_unknown_tail(kv: ContextCache) -> None:
+    """Raise KVzipError if the tail holds tokens that only whoever put them there knows."""
+    if kv.seen_tokens > len(kv.token_ids):
+        raise KVzipError(
+            f"the cache's tail holds {kv.tail_length} tokens, of which {len(kv.history)} are known: "
+            "pass kv.fork() to transformers' own generate, or forget them with kv.truncate(0)"
+        )
+
+
 def _end_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> Tensor:
     """Tokens that end an answer."""
     config = settings.get("generation_config") or model.generation_config
@@ -170,10 +192,10 @@ def _end_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> Tensor:
     return torch.tensor([] if ends is None else ends).flatten()
 
 
-def _answer(row: Tensor, ends: Tensor, padding: int) -> Tensor:
-    """A row of a batch up to its end: its first end token, or where its padding begins."""
+def _answer(row: Tensor, ends: Tensor, filler: int) -> Tensor:
+    """A row of a batch up to its end: its first end token, or where its filling begins."""
     found = torch.isin(row, ends).nonzero()
     if len(found):
         return row[: int(found[0]) + 1]
-    tokens = (row != padding).nonzero()
+    tokens = (row != filler).nonzero()
     return row[: int(tokens[-1]) + 1] if len(tokens) else row[:0]

@@ -83,7 +83,7 @@ class Tail:
         """Add `[B, H, t, D]` keys and values behind what is there."""
         end = self.length + keys.shape[2]
         if self._buffers is None or end > self._buffers[0].shape[2]:
-            self._grow(max(2 * self.length, end + 64), keys, values)
+            self._resize(_capacity(end), keys, values)
         assert self._buffers is not None
         for buffer, new in zip(self._buffers, (keys, values), strict=True):
             buffer[:, :, self.length : end] = new.detach()
@@ -96,31 +96,40 @@ class Tail:
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def truncate(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens; an empty tail holds no memory."""
+        """Forget everything behind the first `length` tokens, and free the memory it took."""
+        if not 0 <= length <= self.length:
+            raise KVzipError(f"a tail of {self.length} tokens cannot be cut to {length}")
         self.length = length
         if length == 0:
             self._buffers = None
+        elif self._buffers is not None and _capacity(length) < self._buffers[0].shape[2]:
+            self._resize(_capacity(length), *self._buffers)
 
     def buffers(self) -> tuple[Tensor, ...]:
         """The tensors that hold memory."""
         return self._buffers or ()
 
-    def _grow(self, capacity: int, keys: Tensor, values: Tensor) -> None:
-        grown = []
+    def _resize(self, capacity: int, keys: Tensor, values: Tensor) -> None:
+        resized = []
         for i, new in enumerate((keys, values)):
             batch, heads, _, dim = new.shape
             buffer = new.new_empty((batch, heads, capacity, dim))
             if self._buffers is not None:
                 buffer[:, :, : self.length] = self._buffers[i][:, :, : self.length]
-            grown.append(buffer)
-        self._buffers = (grown[0], grown[1])
+            resized.append(buffer)
+        self._buffers = (resized[0], resized[1])
+
+
+def _capacity(length: int) -> int:
+    """Columns that a tail of this length holds: a power of two, so that it seldom moves."""
+    return int(max(64, 1 << (length - 1).bit_length()))
 
 
 class Layer(CacheLayerMixin):
     """A cache layer that stands in for the key tensor and attends by itself (see `attention`)."""
 
     is_compileable = False
-    is_croppable = True
+    is_croppable = False
     supports_early_init = False
     is_sliding = False
 
@@ -159,6 +168,13 @@ class Layer(CacheLayerMixin):
         """Refuse beam search, whose beams would have to share one tail."""
         raise KVzipError("beam search is not supported with a kvzip cache: use num_beams=1")
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse speculative decoding: transformers reads the whole sequence again for it."""
+        raise KVzipError(
+            "speculative decoding is not supported with a kvzip cache: leave out assistant_model "
+            "and prompt_lookup_num_tokens"
+        )
+
 
 class AnsweringLayer(Layer):
     """A layer with a context of `seen` positions and a tail."""
@@ -180,10 +196,6 @@ class AnsweringLayer(Layer):
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new pairs in the tail."""
         self.tail.append(keys, values)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens of the tail."""
-        self.tail.truncate(self.tail.length - tokens_to_remove)
 
     def reset(self) -> None:
         """Forget the tail."""

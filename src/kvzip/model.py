@@ -218,6 +218,8 @@ class ModelKVzip:
         """
         self._check(kv)
         query_ids = self.apply_template(query, kv=kv) if isinstance(query, str) else query
+        if query_ids.numel() != query_ids.shape[-1]:
+            raise KVzipError(f"a question is one row of token ids: got shape {[*query_ids.shape]}")
         answer = decoding.generate(
             self.hf_model,
             self.tokenizer,
