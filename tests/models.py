@@ -140,7 +140,8 @@ def logits_of(model: ModelKVzip, kv: ContextCache, query_ids: Tensor) -> Tensor:
 def greedy(model: PreTrainedModel, ids: Tensor, new_tokens: int = 12, **settings: Any) -> Tensor:
     """The tokens that transformers' own generate adds to `ids`."""
     settings = {"do_sample": False, "max_new_tokens": new_tokens, **settings}
-    return model.generate(ids[None], **settings)[0, len(ids) :]
+    mask = torch.ones_like(ids[None])
+    return model.generate(ids[None], attention_mask=mask, **settings)[0, len(ids) :]
 
 
 def snapshot(kv: ContextCache) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
+
+from kvzip import KVzipError
+from kvzip.scoring import heads
 from models import (
     GEMMA3_LAYERS,
     KINDS,
@@ -15,10 +19,6 @@ from models import (
     shared_model,
     snapshot,
 )
-from torch import Tensor
-
-from kvzip import KVzipError
-from kvzip.scoring import heads
 
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 ONE_CHUNK, SHORT_LAST_CHUNK = (37, 64), (90, 25)

@@ -1,0 +1,259 @@
+"""Every supported type of model answers as transformers does; whatever cannot work is an error."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, Qwen3Config
+
+from kvzip import KVzipError, ModelKVzip
+from kvzip.geometry import refuse_layer_types
+from models import (
+    END,
+    GEMMA3_LAYERS,
+    KINDS,
+    QUESTIONS,
+    SHAPE,
+    SPECIAL,
+    TEXT,
+    Oracle,
+    greedy,
+    logits_of,
+    make_hf_model,
+    make_model,
+    make_tokenizer,
+    random_ids,
+    shared_hf_model,
+    shared_model,
+)
+
+NEW_TOKENS = 16
+
+
+def question(model: ModelKVzip) -> torch.Tensor:
+    return model.apply_template(QUESTIONS[0])
+
+
+def answer_ids(model: ModelKVzip, kv, query_ids, new_tokens: int = NEW_TOKENS) -> torch.Tensor:
+    """Tokens of an answer, by transformers' own generate on a fork."""
+    return greedy(
+        model.hf_model, torch.cat([kv.token_ids, query_ids]), new_tokens, past_key_values=kv.fork()
+    )
+
+
+@pytest.mark.parametrize("state", ["full", "ratio-1", "evicted-and-back"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_with_all_pairs_answers_as_stock_transformers(kind, state):
+    model, stock = shared_model(kind), shared_hf_model(kind)
+    kv, query = model.prefill(TEXT), question(model)
+    if state == "ratio-1":
+        kv.prune(1.0)
+    elif state == "evicted-and-back":
+        model = make_model(kind, kv_type="retain")
+        kv = model.prefill(TEXT).prune(0.1).prune(1.0)
+    ids = torch.cat([kv.token_ids, query])
+    expected = greedy(stock, ids, NEW_TOKENS)
+    assert len(set(expected.tolist())) > 4
+    assert torch.equal(answer_ids(model, kv, query), expected)
+    text = make_tokenizer().decode(expected, skip_special_tokens=True)
+    assert model.generate(query, kv=kv, max_new_tokens=NEW_TOKENS) == text
+    expected_logits = stock(ids[None]).logits[0, -len(query) :]
+    torch.testing.assert_close(logits_of(model, kv, query), expected_logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("level", ["pair", "pair-uniform", "head"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_eviction_equals_masking_the_evicted_pairs(kind, level):
+    model = shared_model(kind)
+    kv, query = model.prefill(TEXT), question(model)
+    full_logits = logits_of(model, kv, query)
+    kv.prune(0.4, level)
+    oracle = Oracle()
+    p, full = (
+        kv.document.prefix_length,
+        [i for i, layer in enumerate(kv.layers) if layer in kv.prunable],
+    )
+    if kind == "gemma3":
+        assert full == [i for i, name in enumerate(GEMMA3_LAYERS) if name == "full_attention"]
+    for layer, kept in zip(full, kv.kept, strict=True):
+        oracle.evicted[layer] = torch.cat([torch.zeros(len(kept), p).bool(), ~kept], dim=1)
+    ids = torch.cat([kv.token_ids, query])
+    expected = oracle.logits(kind, ids)[-len(query) :]
+    assert (expected - full_logits).abs().max() > 0.01  # eviction is not without consequence
+    torch.testing.assert_close(logits_of(model, kv, query), expected, atol=1e-4, rtol=0)
+
+    tokens: list[int] = []
+    for _ in range(NEW_TOKENS):
+        tokens.append(
+            oracle.logits(kind, torch.cat([ids, torch.tensor(tokens).long()]))[-1].argmax()
+        )
+        if tokens[-1] == END:
+            break
+    assert answer_ids(model, kv, query).tolist() == [int(token) for token in tokens]
+
+
+@pytest.mark.parametrize("n", [1, 5, 15, 16, 17, 40])
+def test_contexts_around_the_window_of_sliding_layers(n):
+    model, stock = shared_model("gemma3", chat_template=None), shared_hf_model("gemma3")
+    kv, query = model.read(random_ids(n), prefill_chunk=7), random_ids(30, seed=1)
+    expected = stock(torch.cat([kv.token_ids, query])[None]).logits[0, -len(query) :]
+    torch.testing.assert_close(logits_of(model, kv, query), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_cache_answers_the_same(kind, tmp_path):
+    model = shared_model(kind)
+    kv, query = model.prefill(TEXT).prune(0.4), question(model)
+    again = model.load(kv.save(tmp_path / "context.kvz"))
+    assert torch.equal(logits_of(model, again, query), logits_of(model, kv, query))
+    assert model.ask(again, QUESTIONS, max_new_tokens=8) == model.ask(
+        kv, QUESTIONS, max_new_tokens=8
+    )
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_answers_as_one_by_one(kind, ratio):
+    model = shared_model(kind)
+    kv = model.prefill(TEXT).prune(ratio)
+    alone = [model.generate(text, kv=kv, max_new_tokens=16) for text in QUESTIONS]
+    assert len(set(alone)) == len(alone)
+    assert model.ask(kv, QUESTIONS, max_new_tokens=16) == alone
+
+
+@pytest.mark.parametrize("kinds", [*pairwise(KINDS), ("qwen2", "qwen2")], ids="-".join)
+def test_two_models_interleaved(kinds):
+    models = [make_model(kind, seed=seed) for seed, kind in enumerate(kinds)]
+    caches = [model.prefill(TEXT).prune(0.5) for model in models]
+    expected = [
+        [
+            make_model(kind, seed=seed).generate(text, kv=caches[seed], max_new_tokens=8)
+            for text in QUESTIONS
+        ]
+        for seed, kind in enumerate(kinds)
+    ]
+    for j, text in enumerate(QUESTIONS):
+        for i, (model, kv) in enumerate(zip(models, caches, strict=True)):
+            assert model.generate(text, kv=kv, max_new_tokens=8) == expected[i][j]
+    assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_other_caches_work_as_before(kind, padded):
+    ids = torch.stack([random_ids(20), random_ids(20, seed=1)])
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :5] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    expected = shared_hf_model(kind).generate(ids, **settings)
+    assert torch.equal(shared_model(kind).hf_model.generate(ids, **settings), expected)
+
+
+class TestWhatCannotWork:
+    """Features that a kvzip cache does not implement are errors, never ignored."""
+
+    @pytest.mark.parametrize(
+        ("config", "cause"),
+        [
+            (Gemma2Config(**SHAPE, head_dim=16), "softcap"),
+            (
+                GptOssConfig(**SHAPE, head_dim=16, num_local_experts=2, num_experts_per_tok=1),
+                "s_aux",
+            ),
+        ],
+        ids=["gemma2-softcap", "gpt-oss-sinks"],
+    )
+    def test_arguments_of_attention(self, config, cause):
+        model = AutoModelForCausalLM.from_config(config)
+        with pytest.raises(KVzipError, match=cause):
+            ModelKVzip(model, make_tokenizer())
+
+    @pytest.mark.parametrize(
+        ("changes", "cause"),
+        [
+            ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+            ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+            ({"attention_chunk_size": 64}, "chunked_attention"),
+        ],
+        ids=["chunked", "linear", "chunk-size"],
+    )
+    def test_types_of_layers(self, changes, cause):
+        config = LlamaConfig()
+        for name, value in changes.items():
+            object.__setattr__(config, name, value)
+        with pytest.raises(KVzipError, match=cause):
+            refuse_layer_types(config)
+
+    def test_a_model_without_a_cache(self):
+        from transformers import MambaConfig
+
+        config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4)
+        with pytest.raises(KVzipError):
+            ModelKVzip(AutoModelForCausalLM.from_config(config), make_tokenizer())
+
+    def test_a_model_whose_layers_all_slide(self):
+        with pytest.raises(KVzipError, match=r"slides \(window 16 tokens\)"):
+            make_model("mistral", sliding_window=16)
+
+    def test_a_window_beyond_the_positions_is_full_attention(self):
+        model = make_model("mistral", sliding_window=4096)
+        assert [layer.window for layer in model.geometry.layers] == [None] * 3
+
+    def test_mixed_windows_of_a_qwen3(self):
+        shape = {**SHAPE, "head_dim": 16, "use_sliding_window": True, "sliding_window": 8}
+        config = Qwen3Config(**shape, max_window_layers=1)
+        model = ModelKVzip(AutoModelForCausalLM.from_config(config), make_tokenizer())
+        assert [layer.window for layer in model.geometry.layers] == [None, 8, 8]
+
+    def test_dropout(self):
+        model = make_model(attention_dropout=0.1)
+        kv = model.read(TEXT)
+        model.hf_model.train()
+        with pytest.raises(KVzipError, match="dropout"):
+            model.generate(QUESTIONS[0], kv=kv)
+        assert kv.tail_length == 0
+
+    def test_padding(self):
+        model = shared_model()
+        kv = model.read(TEXT)
+        ids = torch.cat([kv.token_ids, question(model)])[None].repeat(2, 1)
+        mask = torch.ones_like(ids)
+        mask[0, len(kv.token_ids)] = 0
+        with pytest.raises(KVzipError, match="padded input"):
+            model.hf_model.generate(
+                ids, attention_mask=mask, past_key_values=kv.fork(), max_new_tokens=4
+            )
+
+    @pytest.mark.parametrize(
+        ("settings", "cause"),
+        [
+            ({"num_beams": 2}, "beam search"),
+            ({"prompt_lookup_num_tokens": 4}, "speculative decoding"),
+        ],
+        ids=["beams", "prompt-lookup"],
+    )
+    def test_ways_of_generating(self, settings, cause):
+        model = shared_model()
+        kv = model.read(TEXT)
+        with pytest.raises(KVzipError, match=cause):
+            model.generate(TEXT, kv=kv, max_new_tokens=8, **settings)
+        assert kv.tail_length == 0
+        ids = torch.cat([kv.token_ids, model.apply_template(TEXT)])
+        with pytest.raises(KVzipError, match=cause):
+            greedy(model.hf_model, ids, past_key_values=kv.fork(), **settings)
+
+    def test_a_model_without_its_tokenizer(self):
+        with pytest.raises(KVzipError, match="needs its tokenizer"):
+            ModelKVzip(make_hf_model())
+
+    def test_an_unknown_kv_type(self):
+        with pytest.raises(
+            KVzipError, match=r"unknown kv_type 'keep': choose one of evict, retain"
+        ):
+            make_model(kv_type="keep")
+
+    def test_text_that_spells_special_tokens_is_no_end(self):
+        model = shared_model()
+        kv = model.read(f"{TEXT}{SPECIAL[END]}")
+        assert END not in kv.token_ids[kv.document.prefix_length :]
