@@ -1,0 +1,68 @@
+"""Load a model without the noise that libraries make on a terminal."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvzip.errors import KVzipError
+
+if TYPE_CHECKING:
+    from kvzip import ContextCache, ModelKVzip
+
+
+def load_model(
+    name: str | None, *, device: str | None = None, dtype: str | None = None
+) -> "ModelKVzip":
+    """Load a model; only downloads show progress, and only on a terminal.
+
+    Raises:
+        KVzipError: if the model or the device is unknown or cannot be had.
+    """
+    import torch
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from kvzip import ModelKVzip, loading
+
+    loading.resolve(name)
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            cause = str(error).splitlines()[0]
+            raise KVzipError(f"device {device!r} cannot be used: {cause}") from error
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return ModelKVzip(name, device=device, dtype=dtype)
+
+
+def open_file(
+    path: Path, model: str | None, *, device: str | None = None
+) -> tuple["ModelKVzip", "ContextCache"]:
+    """Load a .kvz file and the model that made it.
+
+    Args:
+        path: a .kvz file.
+        model: where to find the model, None for what the file says.
+        device: where to put both.
+
+    Raises:
+        KVzipError: if the file is damaged, or the model cannot be had or is another one.
+    """
+    from kvzip import loading, storage
+
+    name = storage.read_header(path).origin.model_id if model is None else model
+    try:
+        loading.resolve(name)
+    except KVzipError as error:
+        if model is not None:
+            raise
+        raise KVzipError(
+            f"{path} was made with model {name!r}, which is not here: say where with --model"
+        ) from error
+    opened = load_model(name, device=device)
+    return opened, opened.load(path)

@@ -1,0 +1,524 @@
+"""The command line, run as a user runs it: arguments in; status, output and files out."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvzip import __version__
+from kvzip.cli import main, options
+
+COMMANDS = ("demo", "zip", "ask", "chat", "inspect")
+DOCUMENT = "Ada keeps 417 in the red box. Chloé keeps 902 in the blue box, 文字 in hand.\n" * 6
+POSITIONS = 8192
+
+
+def make_model(folder: Path, *, layers: int, seed: int, positions: int = POSITIONS) -> str:
+    """A small random model with the bundled model's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from kvzip.loading import resolve
+
+    bundled = resolve(None).repository
+    config = AutoConfig.from_pretrained(bundled)
+    config.num_hidden_layers = layers
+    config.layer_types = ["full_attention"] * layers
+    config.max_position_embeddings = positions
+    config.initializer_range = 0.3  # answers that depend on what was asked
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bundled).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"), layers=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def zipped(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("zipped")
+    text = folder / "document.txt"
+    text.write_text(DOCUMENT, "utf-8")
+    assert main(["zip", str(text), "-m", model, "-r", "0.4"]) == 0
+    return text.with_suffix(".kvz")
+
+
+@pytest.fixture
+def document(tmp_path) -> Path:
+    path = tmp_path / "document.txt"
+    path.write_text(DOCUMENT, "utf-8")
+    return path
+
+
+@pytest.fixture
+def kvzip(capsys):
+    """Run the program: `status, stdout, stderr`."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(kvzip):
+    """Run the program on bad input and return the one line that it says."""
+
+    def run(*arguments: object) -> str:
+        status, out, err = kvzip(*arguments)
+        assert status == 2
+        assert out == ""
+        assert err.startswith("kvzip: ")
+        assert err.count("\n") == 1, err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def standard_input(monkeypatch):
+    def feed(data: str | bytes) -> None:
+        data = data.encode() if isinstance(data, str) else data
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+
+    return feed
+
+
+def program(*arguments: object, **kwargs) -> subprocess.Popen:
+    """The program in a process of its own."""
+    code = "import sys; from kvzip.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, **kwargs)
+
+
+# What is asked about the program itself
+
+
+def test_version(kvzip):
+    assert kvzip("--version") == (0, f"kvzip {__version__}\n", "")
+
+
+def test_no_arguments_is_help(kvzip):
+    status, out, _ = kvzip()
+    assert status == 0
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(kvzip, command):
+    status, out, _ = kvzip(command, "--help")
+    assert status == 0
+    assert f"kvzip {command}" in out.partition("Example")[2]
+
+
+def test_help_loads_no_heavy_library():
+    code = (
+        "import sys; from kvzip.cli import main; status = main(['zip', '--help']); "
+        "sys.exit(status or sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_levels_are_those_of_selection():
+    from kvzip.selection import LEVELS
+
+    assert tuple(level.value for level in options.Level) == LEVELS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bogus"], "'bogus'"),
+        (["zip"], "FILE"),
+        (["ask", "x.kvz"], "QUESTION"),
+        (["zip", "x", "--bogus"], "--bogus"),
+        (["ask", "x.kvz", "Who?", "--max-new-tokens", "0"], "--max-new-tokens"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_one_line(refused, arguments, said):
+    line = refused(*arguments)
+    assert said in line
+    assert "--help" in line
+
+
+# zip
+
+
+def test_zip_reports_what_it_did(kvzip, document, model):
+    status, out, err = kvzip("zip", document, "-m", model, "-r", "0.25", "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    file = document.with_suffix(".kvz")
+    assert report["file"] == str(file)
+    assert report["file_bytes"] == file.stat().st_size
+    assert report["model"] == model
+    assert report["ratio_requested"] == 0.25
+    pairs = 2 * 4 * report["context_tokens"]  # layers x heads x tokens
+    assert report["ratio_realised"] == int(0.25 * pairs) / pairs
+    row = 2 * 32 * 4  # key and value, 32 float32 each
+    prefix = 2 * 4 * report["prefix_tokens"]
+    assert report["kv_bytes_full"] == (prefix + pairs) * row
+    assert report["kv_bytes_zipped"] == (prefix + int(0.25 * pairs)) * row
+    assert set(report["seconds"]) == {"prefill", "score", "compact", "save"}
+
+
+def test_zip_reads_standard_input(kvzip, standard_input, document, model, tmp_path):
+    standard_input(DOCUMENT)
+    status, out, _ = kvzip("zip", "-", "-m", model, "-o", tmp_path / "piped.kvz")
+    assert status == 0
+    assert "piped.kvz" in out
+    assert kvzip("zip", document, "-m", model)[0] == 0
+    piped, read = (
+        json.loads(kvzip("inspect", tmp_path / name, "--json")[1])
+        for name in ("piped.kvz", "document.kvz")
+    )
+    assert {**piped, "file": read["file"]} == read
+
+
+def test_zip_of_standard_input_needs_a_name(refused):
+    assert "--output" in refused("zip", "-")
+
+
+@pytest.mark.parametrize("level", ["pair-uniform", "head"])
+def test_zip_levels(kvzip, document, model, level):
+    assert kvzip("zip", document, "-m", model, "-r", "0.5", "--level", level)[0] == 0
+    _, out, _ = kvzip("inspect", document.with_suffix(".kvz"), "--json")
+    shares = {share for layer in json.loads(out)["kept_by_layer_and_head"] for share in layer}
+    assert len(shares) == 1 if level == "pair-uniform" else shares == {0, 1}
+
+
+def test_existing_output_needs_force(kvzip, refused, document, model):
+    output = document.with_suffix(".kvz")
+    output.write_text("precious")
+    assert "--force" in refused("zip", document, "-m", model)
+    assert output.read_text() == "precious"
+    assert kvzip("zip", document, "-m", model, "--force")[0] == 0
+    assert kvzip("inspect", output)[0] == 0
+
+
+def test_input_is_never_overwritten(refused, document):
+    line = refused("zip", document, "-o", document.parent / "." / document.name, "--force")
+    assert "overwritten" in line
+    assert document.read_text("utf-8") == DOCUMENT
+
+
+@pytest.mark.parametrize("ratio", ["0", "1.5", "-0.1", "nan", "inf", "many"])
+@pytest.mark.parametrize("command", ["zip", "demo"])
+def test_bad_ratio(refused, document, command, ratio):
+    file = [document] if command == "zip" else ["-f", document, "-q", "Who?"]
+    assert "ratio" in refused(command, *file, f"--ratio={ratio}")
+    assert [*document.parent.iterdir()] == [document]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+        (b"caf\xe9 au lait", "not UTF-8 text (byte 3)"),
+        (None, "there is no file"),
+        ("folder", "is a folder"),
+    ],
+    ids=["empty", "blank", "latin-1", "missing", "folder"],
+)
+@pytest.mark.parametrize("command", ["zip", "demo"])
+def test_bad_document(refused, tmp_path, command, content, said):
+    path = tmp_path / "input.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    arguments = [path] if command == "zip" else ["-f", path, "-q", "Who?"]
+    before = [*tmp_path.iterdir()]
+    line = refused(command, *arguments)
+    assert said in line
+    assert str(path) in line
+    assert [*tmp_path.iterdir()] == before
+
+
+def test_bad_standard_input(refused, standard_input, tmp_path):
+    standard_input(b"")
+    assert "the standard input is empty" in refused("zip", "-", "-o", tmp_path / "out.kvz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-m", "qwen2.5-7B-instruct"], "did you mean 'qwen2.5-7b'?"),
+        (["--level", "pears"], "'pair-uniform'"),
+        (["--dtype", "float33"], "'bfloat16'"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+    ],
+    ids=" ".join,
+)
+def test_bad_setting(refused, document, arguments, said):
+    assert said in refused("zip", document, *arguments)
+    assert [*document.parent.iterdir()] == [document]
+
+
+def test_bad_output_folder(refused, document, tmp_path):
+    assert "does not exist" in refused("zip", document, "-o", tmp_path / "nowhere" / "out.kvz")
+    assert "is a folder" in refused("zip", document, "-o", tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_output_folder_without_permission(refused, document, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    assert "not writable" in refused("zip", document, "-o", locked / "out.kvz")
+
+
+def test_context_beyond_the_positions(refused, tmp_path):
+    short = make_model(tmp_path / "short", layers=1, seed=1, positions=128)
+    path = tmp_path / "long.txt"
+    path.write_text(DOCUMENT)
+    assert "128" in refused("zip", path, "-m", short)
+    assert not path.with_suffix(".kvz").exists()
+
+
+def test_interrupt_while_scoring_leaves_nothing(tmp_path, model):
+    # The program says when it has read the text, so that the signal finds it at work.
+    code = """
+import sys
+from contextlib import contextmanager
+from kvzip.cli import main, zip
+
+@contextmanager
+def loud(stages):
+    yield lambda stage, done, total: print(stage, file=sys.stderr, flush=True)
+
+zip.progress_bar = loud
+sys.exit(main())
+"""
+    path = tmp_path / "long.txt"
+    path.write_text("Ada keeps 417 in the red box. " * 500)
+    command = [sys.executable, "-c", code, "zip", str(path), "-m", model]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "prefill\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.replace("score\n", "") == "kvzip: interrupted\n"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_interrupt_while_saving_leaves_nothing(kvzip, document, model, monkeypatch):
+    def interrupted(tensors, path, metadata):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvzip.storage.save_file", interrupted)
+    assert kvzip("zip", document, "-m", model) == (130, "", "kvzip: interrupted\n")
+    assert [*document.parent.iterdir()] == [document]
+
+
+def test_out_of_memory_is_one_line(kvzip, document, model, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    monkeypatch.setattr("kvzip.model.ModelKVzip.read", full)
+    status, out, err = kvzip("zip", document, "-m", model)
+    assert (status, out) == (1, "")
+    assert err.startswith("kvzip: out of memory")
+
+
+# ask
+
+
+def test_ask_prints_answers_alone(kvzip, zipped):
+    status, out, err = kvzip("ask", zipped, "Who?", "What is in the box?", "--max-new-tokens", "9")
+    assert (status, err) == (0, "")
+    assert len(out.splitlines()) == 2
+
+
+def test_ask_agrees_with_the_library(kvzip, zipped, model):
+    from kvzip import ModelKVzip
+
+    questions = ["Who?", "What is in the box?"]
+    status, out, _ = kvzip("ask", zipped, *questions, "--json", "--max-new-tokens", "9")
+    library = ModelKVzip(model)
+    answers = library.ask(library.load(zipped), questions, max_new_tokens=9)
+    assert status == 0
+    assert json.loads(out) == {
+        "model": model,
+        "file": str(zipped),
+        "answers": [
+            {"question": question, "answer": answer}
+            for question, answer in zip(questions, answers, strict=True)
+        ],
+    }
+
+
+def test_newlines_in_answers(kvzip, zipped, monkeypatch):
+    answer = "one\ntwo\r\nthree"
+    monkeypatch.setattr("kvzip.model.ModelKVzip.ask", lambda *args, **kwargs: [answer])
+    assert kvzip("ask", zipped, "Who?")[1] == "one two three\n"
+    assert json.loads(kvzip("ask", zipped, "Who?", "--json")[1])["answers"][0]["answer"] == answer
+
+
+@pytest.mark.parametrize("question", ["", "  ", "\udcff"], ids=ascii)
+def test_bad_question(refused, zipped, question):
+    assert "question 2" in refused("ask", zipped, "Who?", question)
+
+
+def test_question_beyond_the_positions(refused, zipped):
+    assert "positions" in refused("ask", zipped, "Why? " * POSITIONS)
+
+
+def test_file_of_another_model(refused, zipped, tmp_path):
+    other = make_model(tmp_path, layers=2, seed=2)
+    assert "was made with model" in refused("ask", zipped, "Who?", "-m", other)
+
+
+def test_model_that_moved(kvzip, refused, document, tmp_path):
+    folder = tmp_path / "here"
+    make_model(folder, layers=1, seed=1)
+    assert kvzip("zip", document, "-m", folder)[0] == 0
+    moved = folder.rename(tmp_path / "there")
+    file = document.with_suffix(".kvz")
+    line = refused("ask", file, "Who?")
+    assert str(folder) in line
+    assert "--model" in line
+    assert kvzip("ask", file, "Who?", "-m", moved, "--max-new-tokens", "2")[0] == 0
+
+
+@pytest.mark.parametrize("command", [["ask", "{}", "Who?"], ["chat", "{}"], ["inspect", "{}"]])
+@pytest.mark.parametrize(
+    "damage", ["missing", "folder", "foreign", "truncated", "flipped", "safetensors"]
+)
+def test_bad_file(refused, zipped, tmp_path, command, damage):
+    path = tmp_path / "bad.kvz"
+    data = zipped.read_bytes()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "foreign":
+        path.write_text(DOCUMENT)
+    elif damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        at = data.index(b"bfloat16" if b"bfloat16" in data else b"float32")
+        path.write_bytes(data[:at] + b"c" + data[at + 1 :])
+    elif damage == "safetensors":
+        import torch
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(3)}, path)
+    line = refused(*(part.format(path) for part in command))
+    assert str(path) in line
+
+
+# chat
+
+
+def chat(kvzip, standard_input, file, *lines: str) -> str:
+    standard_input("".join(f"{line}\n" for line in lines))
+    status, out, _ = kvzip("chat", file, "--max-new-tokens", "6")
+    assert status == 0
+    return out
+
+
+def test_chat_remembers_until_told_to_forget(kvzip, standard_input, zipped):
+    once = chat(kvzip, standard_input, zipped, "Who?")
+    twice = chat(kvzip, standard_input, zipped, "Who?", "Who?")
+    assert once
+    assert twice.startswith(once)
+    assert twice != once * 2, "the second answer does not depend on the first turn"
+    assert chat(kvzip, standard_input, zipped, "Who?", "/forget", "", "Who?") == once * 2
+
+
+def test_chat_ends_at_quit(kvzip, standard_input, zipped):
+    once = chat(kvzip, standard_input, zipped, "Who?")
+    assert chat(kvzip, standard_input, zipped, "Who?", "/quit", "Who?") == once
+
+
+def test_chat_interrupted_answer_is_forgotten(kvzip, standard_input, zipped, monkeypatch):
+    from transformers import TextStreamer
+
+    before = chat(kvzip, standard_input, zipped, "Who?", "Where?")
+    first = chat(kvzip, standard_input, zipped, "Who?")
+    put, ends = TextStreamer.put, []
+
+    def interrupted_put(self, value):
+        # in the second answer, after the question and two tokens
+        interrupted_put.calls += 1
+        if len(ends) == 1 and interrupted_put.calls == 3:
+            ends.append("interrupted")
+            raise KeyboardInterrupt
+        put(self, value)
+
+    def counting_end(self):
+        ends.append("ended")
+        interrupted_put.calls = 0
+        end(self)
+
+    end, interrupted_put.calls = TextStreamer.end, 0
+    monkeypatch.setattr(TextStreamer, "put", interrupted_put)
+    monkeypatch.setattr(TextStreamer, "end", counting_end)
+    out = chat(kvzip, standard_input, zipped, "Who?", "What?", "Where?")
+    assert ends == ["ended", "interrupted", "ended"]
+    assert out.startswith(first)
+    assert out.endswith("\n" + before.removeprefix(first))
+
+
+def test_chat_survives_a_question_that_is_too_long(kvzip, standard_input, zipped):
+    standard_input("Why? " * POSITIONS + "\nWho?\n")
+    status, out, err = kvzip("chat", zipped, "--max-new-tokens", "6")
+    assert status == 0
+    assert "positions" in err
+    assert out == chat(kvzip, standard_input, zipped, "Who?")
+
+
+# inspect
+
+
+def test_inspect_needs_no_model(kvzip, zipped, monkeypatch):
+    from kvzip.storage import read_header
+
+    monkeypatch.setattr("kvzip.model.ModelKVzip.__init__", None)
+    header = read_header(zipped)
+    status, out, err = kvzip("inspect", zipped)
+    assert (status, err) == (0, "")
+    assert header.origin.model_id in out
+    assert header.origin.fingerprint in out
+    assert "layer 1" in out
+
+
+def test_inspect_reports_what_the_file_holds(kvzip, zipped):
+    from safetensors.torch import load_file
+
+    report = json.loads(kvzip("inspect", zipped, "--json")[1])
+    tensors = load_file(zipped)
+    for part in ("key", "value"):
+        held = [tensor for name, tensor in tensors.items() if name.endswith(f".{part}s")]
+        assert report[f"{part}_bytes"] == sum(tensor.nbytes for tensor in held)
+    kept = report["kept_by_layer_and_head"]
+    assert [len(layer) for layer in kept] == [4, 4]
+    assert sum(map(sum, kept)) / 8 == pytest.approx(report["ratio_realised"], abs=1e-6)
+    assert report["prefix_tokens"] + report["context_tokens"] == len(tensors["token_ids"])
+    assert report["file_bytes"] == zipped.stat().st_size
+    assert report["ratio_requested"] == 0.4
+    assert report["scorer"] == "reconstruction"
+    assert report["format_version"] == 1
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["inspect"]], ids=" ".join)
+def test_broken_pipe_is_silent(zipped, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    files = [zipped] if arguments == ["inspect"] else []
+    process = program(*arguments, *files, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "")
