@@ -7,39 +7,30 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvzip import __version__
 from kvzip.cli import main, options
+from models import GEMMA3_LAYERS, make_hf_model, make_tokenizer
 
 COMMANDS = ("demo", "zip", "ask", "chat", "inspect")
 DOCUMENT = "Ada keeps 417 in the red box. Chloé keeps 902 in the blue box, 文字 in hand.\n" * 6
-POSITIONS = 8192
+LAYERS, HEADS, HEAD_DIM, POSITIONS = 3, 2, 32, 8192
 
 
-def make_model(folder: Path, *, layers: int, seed: int, positions: int = POSITIONS) -> str:
-    """A small random model with the bundled model's tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from kvzip.loading import resolve
-
-    bundled = resolve(None).repository
-    config = AutoConfig.from_pretrained(bundled)
-    config.num_hidden_layers = layers
-    config.layer_types = ["full_attention"] * layers
-    config.max_position_embeddings = positions
-    config.initializer_range = 0.3  # answers that depend on what was asked
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(bundled).save_pretrained(folder)
+def save_model(folder: Path, kind: str = "qwen3", **changes: Any) -> str:
+    """A small random model on disk."""
+    settings = {"max_position_embeddings": POSITIONS, **changes}
+    make_hf_model(kind, **settings).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    return make_model(tmp_path_factory.mktemp("model"), layers=2, seed=1)
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +156,10 @@ def test_zip_reports_what_it_did(kvzip, document, model):
     assert report["file_bytes"] == file.stat().st_size
     assert report["model"] == model
     assert report["ratio_requested"] == 0.25
-    pairs = 2 * 4 * report["context_tokens"]  # layers x heads x tokens
+    pairs = LAYERS * HEADS * report["context_tokens"]
     assert report["ratio_realised"] == int(0.25 * pairs) / pairs
-    row = 2 * 32 * 4  # key and value, 32 float32 each
-    prefix = 2 * 4 * report["prefix_tokens"]
+    row = 2 * HEAD_DIM * 4  # key and value, float32
+    prefix = LAYERS * HEADS * report["prefix_tokens"]
     assert report["kv_bytes_full"] == (prefix + pairs) * row
     assert report["kv_bytes_zipped"] == (prefix + int(0.25 * pairs)) * row
     assert set(report["seconds"]) == {"prefill", "score", "compact", "save"}
@@ -260,12 +251,21 @@ def test_bad_standard_input(refused, standard_input, tmp_path):
         (["--level", "pears"], "'pair-uniform'"),
         (["--dtype", "float33"], "'bfloat16'"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
     ],
     ids=" ".join,
 )
 def test_bad_setting(refused, document, arguments, said):
     assert said in refused("zip", document, *arguments)
     assert [*document.parent.iterdir()] == [document]
+
+
+@pytest.mark.parametrize("config", ["{", '{"model_type": "qwen3"}', '{"model_type": "abacus"}'])
+def test_bad_model_folder(refused, document, tmp_path, config):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    assert f"model '{folder}' cannot be loaded" in refused("zip", document, "-m", folder)
 
 
 def test_bad_output_folder(refused, document, tmp_path):
@@ -281,7 +281,7 @@ def test_output_folder_without_permission(refused, document, tmp_path):
 
 
 def test_context_beyond_the_positions(refused, tmp_path):
-    short = make_model(tmp_path / "short", layers=1, seed=1, positions=128)
+    short = save_model(tmp_path / "short", max_position_embeddings=128)
     path = tmp_path / "long.txt"
     path.write_text(DOCUMENT)
     assert "128" in refused("zip", path, "-m", short)
@@ -303,7 +303,7 @@ zip.progress_bar = loud
 sys.exit(main())
 """
     path = tmp_path / "long.txt"
-    path.write_text("Ada keeps 417 in the red box. " * 500)
+    path.write_text("Ada keeps 417 in the red box. " * 250)
     command = [sys.executable, "-c", code, "zip", str(path), "-m", model]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline() == "prefill\n"
@@ -378,13 +378,13 @@ def test_question_beyond_the_positions(refused, zipped):
 
 
 def test_file_of_another_model(refused, zipped, tmp_path):
-    other = make_model(tmp_path, layers=2, seed=2)
+    other = save_model(tmp_path, seed=2)
     assert "was made with model" in refused("ask", zipped, "Who?", "-m", other)
 
 
 def test_model_that_moved(kvzip, refused, document, tmp_path):
     folder = tmp_path / "here"
-    make_model(folder, layers=1, seed=1)
+    save_model(folder)
     assert kvzip("zip", document, "-m", folder)[0] == 0
     moved = folder.rename(tmp_path / "there")
     file = document.with_suffix(".kvz")
@@ -504,13 +504,27 @@ def test_inspect_reports_what_the_file_holds(kvzip, zipped):
         held = [tensor for name, tensor in tensors.items() if name.endswith(f".{part}s")]
         assert report[f"{part}_bytes"] == sum(tensor.nbytes for tensor in held)
     kept = report["kept_by_layer_and_head"]
-    assert [len(layer) for layer in kept] == [4, 4]
-    assert sum(map(sum, kept)) / 8 == pytest.approx(report["ratio_realised"], abs=1e-6)
+    assert [len(layer) for layer in kept] == [HEADS] * LAYERS
+    assert sum(map(sum, kept)) / (LAYERS * HEADS) == pytest.approx(
+        report["ratio_realised"], abs=1e-6
+    )
     assert report["prefix_tokens"] + report["context_tokens"] == len(tensors["token_ids"])
     assert report["file_bytes"] == zipped.stat().st_size
     assert report["ratio_requested"] == 0.4
     assert report["scorer"] == "reconstruction"
     assert report["format_version"] == 1
+
+
+def test_inspect_of_a_model_with_sliding_layers(kvzip, document, tmp_path):
+    gemma3 = save_model(tmp_path / "gemma3", "gemma3")
+    assert kvzip("zip", document, "-m", gemma3, "-r", "0.5")[0] == 0
+    file = document.with_suffix(".kvz")
+    report = json.loads(kvzip("inspect", file, "--json")[1])
+    assert len(report["kept_by_layer_and_head"]) == GEMMA3_LAYERS.count("full_attention")
+    assert report["key_bytes"] + report["value_bytes"] < report["file_bytes"]
+    out = kvzip("inspect", file)[1]
+    shown = [line.split()[1] for line in out.splitlines() if line.startswith("layer ")]
+    assert shown == [str(GEMMA3_LAYERS.index("full_attention"))]
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["inspect"]], ids=" ".join)

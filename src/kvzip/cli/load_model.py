@@ -1,5 +1,6 @@
 """Load a model without the noise that libraries make on a terminal."""
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -28,11 +29,12 @@ def load_model(
     loading.resolve(name)
     if device is not None:
         try:
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             cause = str(error).splitlines()[0]
             raise KVzipError(f"device {device!r} cannot be used: {cause}") from error
     warnings.simplefilter("ignore")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
