@@ -118,7 +118,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(
             published.repository, revision=kwargs.get("revision")
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         cause = str(error).strip().splitlines()[0]
         raise KVzipError(f"model {name!r} cannot be loaded: {cause}") from error
     if "device_map" not in kwargs:
