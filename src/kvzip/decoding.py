@@ -77,11 +77,6 @@ def generate(
     sequence = torch.cat([kv.token_ids, query_ids.cpu()])
     settings = _settings(settings, len(sequence), max_positions)
     before = kv.tail_length
-    if before != max(0, len(kv.history) - 1):
-        raise KVzipError(
-            f"the tail holds {before} tokens that this cache was not told of: hand kv.fork() to "
-            "other code, not kv itself"
-        )
     try:
         output: Tensor = model.generate(
             sequence[None].to(model.device),
@@ -180,8 +175,8 @@ def _refuse_unknown_tail(kv: ContextCache) -> None:
     """Raise KVzipError if the tail holds tokens that only whoever put them there knows."""
     if kv.seen_tokens > len(kv.token_ids):
         raise KVzipError(
-            f"the cache's tail holds {kv.tail_length} tokens, of which {len(kv.history)} are known: "
-            "pass kv.fork() to transformers' own generate, or forget them with kv.truncate(0)"
+            f"the tail holds {kv.tail_length} tokens, of which this cache was told of "
+            f"{len(kv.history)}: hand kv.fork() to other code, or forget them with kv.truncate(0)"
         )
 
 

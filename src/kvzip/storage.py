@@ -44,7 +44,7 @@ class Header:
         realised_ratio: share of the context's pairs in the file.
         scorer: name of the scorer, None if the pairs were not scored.
         windows: window of each layer in tokens, None for a layer with full attention.
-        checksums: CRC-32 of each tensor's bytes.
+        checksums: CRC-32 of each tensor's dtype, shape and bytes.
     """
 
     version: int
@@ -166,10 +166,12 @@ def load(
             f"{path} was made with another tokenizer or chat template of {header.origin.model_id}: "
             "zip the document again"
         )
-    tensors = _read_tensors(path, header)
     try:
+        tensors = _read_tensors(path, header)
         layers, scores = _assemble(header, tensors, device, dtype)
-    except (RuntimeError, IndexError, ValueError) as error:
+    except KVzipError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise KVzipError(f"{path} is damaged: {error}") from error
     return ContextCache(
         layers,
@@ -240,13 +242,17 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> Header:
         raise KVzipError(f"{path} is a safetensors file, but no .kvz file")
     if metadata.get("kvzip_crc32") != str(zlib.crc32(text.encode())):
         raise KVzipError(f"{path} is damaged: the checksum of its header is wrong")
-    fields: dict[str, Any] = json.loads(text)
-    if fields.get("version") != FORMAT_VERSION:
-        raise KVzipError(
-            f"{path} has format version {fields.get('version')}, this kvzip reads version "
-            f"{FORMAT_VERSION}: zip the document again"
-        )
-    return Header(**{**fields, "origin": Origin(**fields["origin"])})
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        version = fields["version"]
+        if version == FORMAT_VERSION:
+            return Header(**{**fields, "origin": Origin(**fields["origin"])})
+    except (LookupError, TypeError, ValueError) as error:
+        raise KVzipError(f"{path} is damaged: {error}") from error
+    raise KVzipError(
+        f"{path} has format version {version}, this kvzip reads version {FORMAT_VERSION}: zip the "
+        "document again"
+    )
 
 
 def _read_tensors(path: Path, header: Header, names: list[str] | None = None) -> dict[str, Tensor]:
@@ -267,4 +273,5 @@ def _read_tensors(path: Path, header: Header, names: list[str] | None = None) ->
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    form = zlib.crc32(f"{tensor.dtype} {[*tensor.shape]}".encode())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, form)
