@@ -69,7 +69,7 @@ def resolve(name: str | None) -> Published:
         return Published(str(resources.files("kvzip") / "assets" / "tiny"))
     if name.lower() in SHORT_NAMES:
         return SHORT_NAMES[name.lower()]
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise KVzipError(f"{name} is no model folder: it has no config.json")
         return Published(name)
