@@ -77,6 +77,16 @@ def refused(kvzip):
 
 
 @pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model is an error: what is wrong must be found before."""
+
+    def load(self, *args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("kvzip.model.ModelKVzip.__init__", load)
+
+
+@pytest.fixture
 def standard_input(monkeypatch):
     def feed(data: str | bytes) -> None:
         data = data.encode() if isinstance(data, str) else data
@@ -178,6 +188,7 @@ def test_zip_reads_standard_input(kvzip, standard_input, document, model, tmp_pa
     assert {**piped, "file": read["file"]} == read
 
 
+@pytest.mark.usefixtures("no_model")
 def test_zip_of_standard_input_needs_a_name(refused):
     assert "--output" in refused("zip", "-")
 
@@ -190,15 +201,22 @@ def test_zip_levels(kvzip, document, model, level):
     assert len(shares) == 1 if level == "pair-uniform" else shares == {0, 1}
 
 
-def test_existing_output_needs_force(kvzip, refused, document, model):
+@pytest.mark.usefixtures("no_model")
+def test_existing_output_is_left_alone(refused, document):
     output = document.with_suffix(".kvz")
     output.write_text("precious")
-    assert "--force" in refused("zip", document, "-m", model)
+    assert "--force" in refused("zip", document)
     assert output.read_text() == "precious"
+
+
+def test_existing_output_is_overwritten_by_force(kvzip, document, model):
+    output = document.with_suffix(".kvz")
+    output.write_text("worthless")
     assert kvzip("zip", document, "-m", model, "--force")[0] == 0
     assert kvzip("inspect", output)[0] == 0
 
 
+@pytest.mark.usefixtures("no_model")
 def test_input_is_never_overwritten(refused, document):
     line = refused("zip", document, "-o", document.parent / "." / document.name, "--force")
     assert "overwritten" in line
@@ -207,6 +225,7 @@ def test_input_is_never_overwritten(refused, document):
 
 @pytest.mark.parametrize("ratio", ["0", "1.5", "-0.1", "nan", "inf", "many"])
 @pytest.mark.parametrize("command", ["zip", "demo"])
+@pytest.mark.usefixtures("no_model")
 def test_bad_ratio(refused, document, command, ratio):
     file = [document] if command == "zip" else ["-f", document, "-q", "Who?"]
     assert "ratio" in refused(command, *file, f"--ratio={ratio}")
@@ -225,6 +244,7 @@ def test_bad_ratio(refused, document, command, ratio):
     ids=["empty", "blank", "latin-1", "missing", "folder"],
 )
 @pytest.mark.parametrize("command", ["zip", "demo"])
+@pytest.mark.usefixtures("no_model")
 def test_bad_document(refused, tmp_path, command, content, said):
     path = tmp_path / "input.txt"
     if content == "folder":
@@ -239,6 +259,7 @@ def test_bad_document(refused, tmp_path, command, content, said):
     assert [*tmp_path.iterdir()] == before
 
 
+@pytest.mark.usefixtures("no_model")
 def test_bad_standard_input(refused, standard_input, tmp_path):
     standard_input(b"")
     assert "the standard input is empty" in refused("zip", "-", "-o", tmp_path / "out.kvz")
@@ -255,6 +276,7 @@ def test_bad_standard_input(refused, standard_input, tmp_path):
     ],
     ids=" ".join,
 )
+@pytest.mark.usefixtures("no_model")
 def test_bad_setting(refused, document, arguments, said):
     assert said in refused("zip", document, *arguments)
     assert [*document.parent.iterdir()] == [document]
@@ -268,6 +290,7 @@ def test_bad_model_folder(refused, document, tmp_path, config):
     assert f"model '{folder}' cannot be loaded" in refused("zip", document, "-m", folder)
 
 
+@pytest.mark.usefixtures("no_model")
 def test_bad_output_folder(refused, document, tmp_path):
     assert "does not exist" in refused("zip", document, "-o", tmp_path / "nowhere" / "out.kvz")
     assert "is a folder" in refused("zip", document, "-o", tmp_path)
@@ -483,10 +506,10 @@ def test_chat_survives_a_question_that_is_too_long(kvzip, standard_input, zipped
 # inspect
 
 
-def test_inspect_needs_no_model(kvzip, zipped, monkeypatch):
+@pytest.mark.usefixtures("no_model")
+def test_inspect_needs_no_model(kvzip, zipped):
     from kvzip.storage import read_header
 
-    monkeypatch.setattr("kvzip.model.ModelKVzip.__init__", None)
     header = read_header(zipped)
     status, out, err = kvzip("inspect", zipped)
     assert (status, err) == (0, "")
