@@ -294,6 +294,20 @@ class TestOtherModels:
         with pytest.raises(KVzipError, match="load it with that model"):
             make_model(**changes).load(saved)
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"query_pre_attn_scalar": 16},
+            {"sliding_window": 8},
+            {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_other_attention_with_the_same_weights(self, changes, tmp_path):
+        path = shared_model("gemma3").read(TEXT).save(tmp_path / "context.kvz")
+        with pytest.raises(KVzipError, match="load it with that model"):
+            make_model("gemma3", **changes).load(path)
+
     def test_other_chat_template(self, saved):
         with pytest.raises(KVzipError, match="another tokenizer or chat template"):
             shared_model(chat_template=None).load(saved)

@@ -16,6 +16,10 @@ _SETTINGS = (
     "head_dim",
     "rope_parameters",
     "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "rms_norm_eps",
 )
 
 
