@@ -200,6 +200,26 @@ class TestWhatCannotWork:
         model = make_model("mistral", sliding_window=4096)
         assert [layer.window for layer in model.geometry.layers] == [None] * 3
 
+    @pytest.mark.parametrize(
+        ("kind", "rope", "changes", "positions"),
+        [
+            ("llama", {"rope_type": "dynamic", "factor": 2.0}, {}, 1024),
+            ("llama", {"rope_type": "linear", "factor": 2.0}, {}, 1024),
+            (
+                "phi3",
+                {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+                {"original_max_position_embeddings": 256},
+                256,
+            ),
+        ],
+        ids=["dynamic", "linear", "longrope"],
+    )
+    def test_positions_end_where_cached_keys_would_turn(self, kind, rope, changes, positions):
+        model = make_model(kind, rope_parameters={"rope_theta": 10000.0, **rope}, **changes)
+        assert model.geometry.max_positions == positions
+        with pytest.raises(KVzipError, match=f"the model has {positions}"):
+            model.read(random_ids(positions))
+
     def test_mixed_windows_of_a_qwen3(self):
         shape = {**SHAPE, "head_dim": 16, "use_sliding_window": True, "sliding_window": 8}
         config = Qwen3Config(**shape, max_window_layers=1)

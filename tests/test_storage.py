@@ -95,6 +95,13 @@ class TestRoundTrip:
         assert again.scores.scorer == "heads"
         assert_same(snapshot(again.prune(0.34, "head")), snapshot(kv.prune(0.34, "head")))
 
+    def test_a_retaining_cache_saves_what_it_keeps(self, tmp_path):
+        model = make_model(kv_type="retain")
+        kv = model.prefill(TEXT).prune(0.3)
+        again = model.load(kv.save(tmp_path / "context.kvz"))
+        assert not again.retained
+        assert_same(snapshot(again), snapshot(shared_model().prefill(TEXT).prune(0.3)))
+
     def test_without_scores(self, tmp_path):
         model = shared_model()
         again = model.load(model.read(TEXT).save(tmp_path / "context.kvz"))
