@@ -172,6 +172,19 @@ def test_document_map_shows_as_many_lines_as_asked():
         assert ("more lines" in text) == (lines == 3)
 
 
+def test_one_token_that_all_heads_kept_does_not_dim_the_others():
+    document = [Piece("top\n", 1.0), *[Piece("x", 0.2)] * 200, Piece("-", 0.1)]
+    text = printed(lambda c: document_map(document, c, 0), colours=False, width=100)
+    assert "20% or more" in text
+    assert text.splitlines()[3] == GLYPHS[-1] * 3
+    assert set(text.splitlines()[5]) == {GLYPHS[-1]}
+
+
+def test_document_map_of_nothing_kept():
+    text = printed(lambda c: document_map([Piece("word", 0.0)], c, 0), colours=False)
+    assert text.splitlines()[-2:] == ["word", " " * 4]
+
+
 def test_document_map_does_not_steer_the_terminal():
     text = printed(lambda c: document_map([Piece("a\x1b[2Jb", 0.5)], c, 0), colours=False)
     assert "\x1b" not in text

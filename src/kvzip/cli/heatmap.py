@@ -5,6 +5,7 @@ With colours a share is a background; without, it is a glyph below the text.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from rich.cells import cell_len
 from rich.console import Console, Group
@@ -24,6 +25,9 @@ PLAIN = Style.null()
 
 WIDEST = 100
 """Columns of text that read well."""
+
+SCALE_END = 0.99
+"""Part of a document's pieces that the scale tells apart."""
 
 CELL = 5
 """Columns of a head."""
@@ -65,7 +69,9 @@ def pieces(
 
 
 def document_map(document: Iterable[Piece], console: Console, max_lines: int) -> Group:
-    """The text of a document, each piece coloured by its share of the largest share.
+    """The text of a document, each piece coloured by its share.
+
+    The scale ends where all but the few highest shares do, so that they do not dim the others.
 
     Args:
         document: the pieces in order.
@@ -73,10 +79,11 @@ def document_map(document: Iterable[Piece], console: Console, max_lines: int) ->
         max_lines: lines of text to show, 0 for all.
     """
     document = list(document)
-    top = max(piece.share for piece in document)
+    ascending = sorted(piece.share for piece in document)
+    top = ascending[ceil(SCALE_END * (len(ascending) - 1))] or 1.0
     text = Text()
     for piece in document:
-        text.append(_printable(piece.text), STYLES[_level(piece.share / top if top else 0)])
+        text.append(_printable(piece.text), STYLES[_level(piece.share / top)])
     lines = list(text.wrap(console, min(console.width, WIDEST), overflow="fold"))
     shown = lines[: max_lines or None]
     rows = []
@@ -84,7 +91,7 @@ def document_map(document: Iterable[Piece], console: Console, max_lines: int) ->
         rows += [line] if _coloured(console) else [Text(line.plain), _glyphs(line)]
     if len(shown) < len(lines):
         rows.append(Text(f"... and {len(lines) - len(shown)} more lines", "dim"))
-    scale = _scale(console, "share of the heads that kept a token", f"{top:.0%}")
+    scale = _scale(console, "share of the heads that kept a token", f"{top:.0%} or more")
     return Group(scale, Text(), *rows)
 
 
