@@ -7,6 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvzip import ContextCache, KVzipError, ModelKVzip
 from models import (
+    CHATML,
     END,
     QUESTIONS,
     TEXT,
@@ -218,7 +219,11 @@ class TestSettings:
         assert text.startswith("ok l")
         assert len(text) < len("ok like that")
 
-    def test_a_batch_stops_at_stop_strings_row_by_row(self, model, kv):
+    @pytest.mark.parametrize("chat_template", [CHATML, None], ids=["special", "ordinary"])
+    def test_a_batch_stops_at_stop_strings_row_by_row(self, chat_template):
+        """Whatever the first token of the context is."""
+        model = shared_model("phi3", chat_template=chat_template)
+        kv = model.prefill(TEXT).prune(0.5)
         texts = [model.generate(text, kv=kv, max_new_tokens=12) for text in QUESTIONS]
         stops = [texts[0][3:5], texts[1][5:7]]
         alone = [
