@@ -6,6 +6,7 @@ import resource
 import struct
 import zlib
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,31 @@ class TestRoundTrip:
                 assert tensor.dtype == torch.float32
                 assert torch.equal(tensor, held.float())
         full.generate(QUESTIONS[0], kv=again, max_new_tokens=4)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_layout_of_the_file(self, kind, tmp_path):
+        """Readable with safetensors alone, as the module's docstring says."""
+        kv = shared_model(kind).prefill(TEXT).prune(0.4)
+        tensors = load_file(kv.save(tmp_path / "context.kvz"))
+        assert torch.equal(tensors.pop("token_ids"), kv.document.token_ids)
+        p = kv.document.prefix_length
+        kept, scores = iter(kv.kept), iter(kv.scores.values)
+        for i, layer in enumerate(kv.layers):
+            parts = {name: tensors.pop(f"layers.{i}.{name}") for name in ("keys", "values")}
+            assert all(map(torch.equal, parts.values(), layer.context_tensors()))
+            if layer not in kv.prunable:
+                continue
+            positions, rows = next(kept), tensors.pop(f"layers.{i}.scores")
+            expected = [[*range(p), *(p + head.nonzero().flatten()).tolist()] for head in positions]
+            lengths = [0, *torch.tensor([len(head) for head in expected]).cumsum(0).tolist()]
+            assert tensors.pop(f"layers.{i}.indptr").tolist() == lengths
+            assert tensors.pop(f"layers.{i}.positions").tolist() == [*chain(*expected)]
+            row_scores = [
+                torch.cat([torch.full((p,), torch.inf), head_scores[head]])
+                for head_scores, head in zip(next(scores), positions, strict=True)
+            ]
+            assert torch.equal(rows, torch.cat(row_scores))
+        assert not tensors
 
     def test_header_and_lengths_need_no_model(self, saved):
         header, kv = storage.read_header(saved), shared_model().load(saved)
