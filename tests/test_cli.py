@@ -326,7 +326,7 @@ zip.progress_bar = loud
 sys.exit(main())
 """
     path = tmp_path / "long.txt"
-    path.write_text("Ada keeps 417 in the red box. " * 250)
+    path.write_text("Ada keeps 417 in the red box. " * 200)
     command = [sys.executable, "-c", code, "zip", str(path), "-m", model]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline() == "prefill\n"
