@@ -222,12 +222,12 @@ def _show(model: "ModelKVzip", ratio: float, shown: Demonstration, map_lines: in
 def _answer_table(answers: Sequence[Answer]) -> Table:
     table = Table(box=ROUNDED, header_style="bold", border_style="dim")
     known = any(answer.expected is not None for answer in answers)
-    table.add_column("Question", ratio=3)
+    table.add_column("Question", min_width=26)
     if known:
-        table.add_column("Expected", ratio=2)
-    table.add_column("Full cache", ratio=2)
+        table.add_column("Expected", overflow="fold")
+    table.add_column("Full cache", overflow="fold")
     table.add_column("", justify="center")
-    table.add_column("Zipped cache", ratio=2)
+    table.add_column("Zipped cache", overflow="fold")
     for answer in answers:
         same = answer.full == answer.zipped
         table.add_row(
