@@ -8,7 +8,7 @@ from rich.console import Console
 
 from kvzip import ModelKVzip
 from kvzip.cli import main
-from kvzip.cli.demo import Question, demonstrate
+from kvzip.cli.demo import Answer, Question, answer_table, demonstrate
 from kvzip.cli.heatmap import GLYPHS, STYLES, Piece, document_map, head_map, pieces
 from kvzip.prefill import silent
 
@@ -199,3 +199,18 @@ def test_head_map_in_numbers_or_glyphs():
     ]
     narrow = printed(lambda c: head_map(shares, [0, 10], c), colours=False, width=20)
     assert narrow.splitlines()[-2].endswith(" " + GLYPHS[4] + GLYPHS[7])
+
+
+# the table of answers
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_answers_are_folded_not_cut(width):
+    word = "tender.gate.tower.village.path.harbor"
+    answer = Answer("Which string?", word, word, word)
+    lines = printed(lambda c: answer_table([answer]), colours=False, width=width).splitlines()
+    assert {len(line) for line in lines} == {width}
+    rule = next(i for i, line in enumerate(lines) if line.startswith("├"))
+    columns = zip(*(line[1:-1].split("│") for line in lines[rule + 1 : -1]), strict=True)
+    joined = ["".join(column).replace(" ", "") for column in columns]
+    assert joined == ["Whichstring?", word, f"✓{word}", "=", f"✓{word}"]

@@ -203,7 +203,7 @@ def _show(model: "ModelKVzip", ratio: float, shown: Demonstration, map_lines: in
     )
     console.print(document_map(document, console, map_lines))
     console.print()
-    console.print(_answer_table(shown.answers))
+    console.print(answer_table(shown.answers))
     console.print()
     times = shown.decode_per_token_full, shown.decode_per_token_zipped
     per_token = " → ".join("-" if time is None else duration(time) for time in times)
@@ -219,10 +219,11 @@ def _show(model: "ModelKVzip", ratio: float, shown: Demonstration, map_lines: in
     console.print(facts(rows))
 
 
-def _answer_table(answers: Sequence[Answer]) -> Table:
+def answer_table(answers: Sequence[Answer]) -> Table:
+    """Each question with its answers, and how they compare."""
     table = Table(box=ROUNDED, header_style="bold", border_style="dim")
     known = any(answer.expected is not None for answer in answers)
-    table.add_column("Question", min_width=26)
+    table.add_column("Question", overflow="fold")
     if known:
         table.add_column("Expected", overflow="fold")
     table.add_column("Full cache", overflow="fold")
