@@ -126,14 +126,31 @@ def test_a_chunk_size_must_be_positive():
             shared_model().read(TEXT, prefill_chunk=size)
 
 
-def test_a_repeat_must_fit_the_positions():
+def test_chunks_shrink_to_what_the_positions_leave_room_for():
+    calls = []
     model = make_model(max_position_embeddings=200)
     kv = model.read(random_ids(100))
-    with pytest.raises(KVzipError, match="the model has 200"):
+    request = len(model.prompts.repeat_ids(random_ids(100), random_ids(0)))
+    room = 200 - len(kv.token_ids) - request
+    assert 0 < room < 50
+    model.score(kv, progress=lambda stage, done, total: calls.append(done))
+    assert calls == [*range(room, 100, room), 100]
+    shrunk = kv.scores.values
+    assert torch.equal(model.score(kv, score_chunk=room).scores.values, shrunk)
+
+
+def test_a_context_must_leave_room_to_be_repeated_in():
+    model = make_model(max_position_embeddings=150)
+    kv = model.read(random_ids(110))
+    with pytest.raises(KVzipError, match="of the model's 150 positions"):
         model.score(kv)
-    needed = len(kv.token_ids) + len(model.prompts.repeat_ids(random_ids(10), random_ids(1)))
-    assert needed < 200
-    assert model.score(kv, score_chunk=1).scores.values.shape == (3, 2, 100)
+
+
+def test_a_retained_cache_is_scored_again_after_pruning():
+    model = make_model(kv_type="retain")
+    kv = model.prefill(TEXT)
+    before = kv.scores.values
+    assert torch.equal(model.score(kv.prune(0.3)).scores.values, before)
 
 
 def test_an_evicted_cache_cannot_be_scored_again():

@@ -54,11 +54,19 @@ def rewrite(path: Path, change) -> None:
 
 def set_header(metadata: dict[str, str], **changes) -> None:
     """Change the header as somebody would who knows of its checksum."""
-    text = json.dumps({**json.loads(metadata["kvzip"]), **changes})
-    metadata.update(kvzip=text, kvzip_crc32=str(zlib.crc32(text.encode())))
+    text = json.dumps({**json.loads(metadata["kvzip"].partition(" ")[2]), **changes})
+    metadata.update(kvzip=f"{zlib.crc32(text.encode()):08x} {text}")
 
 
 class TestRoundTrip:
+    def test_equal_caches_make_equal_files_with_ordinary_permissions(self, tmp_path):
+        kv = shared_model().prefill(TEXT).prune(0.5)
+        one, other = kv.save(tmp_path / "one.kvz"), kv.save(tmp_path / "other.kvz")
+        assert one.read_bytes() == other.read_bytes()
+        ordinary = tmp_path / "ordinary"
+        ordinary.touch()
+        assert one.stat().st_mode == ordinary.stat().st_mode
+
     @pytest.mark.parametrize("ratio", [None, 1.0, 0.4, 1e-9], ids=str)
     @pytest.mark.parametrize("kind", KINDS)
     def test_all_is_there_again(self, kind, ratio, tmp_path):
@@ -276,7 +284,7 @@ class TestDamage:
 
     def test_a_header_that_is_no_json(self, saved):
         def change(_, metadata):
-            metadata.update(kvzip="{", kvzip_crc32=str(zlib.crc32(b"{")))
+            metadata.update(kvzip=f"{zlib.crc32(b'{'):08x} {{")
 
         rewrite(saved, change)
         assert "damaged" in self.load(saved)

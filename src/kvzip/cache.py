@@ -71,7 +71,8 @@ class ContextCache(Cache):
     """A context that was read once and can be asked any number of times.
 
     Made by `ModelKVzip.prefill` or `ModelKVzip.load`. It is a transformers `Cache`: stock
-    `hf_model.generate(torch.cat([kv.token_ids, query_ids])[None], past_key_values=kv)` works too.
+    `hf_model.generate(ids, past_key_values=kv.fork())` works too, where `ids` is the whole
+    sequence, `torch.cat([kv.token_ids, query_ids])[None]`, as transformers expects of any cache.
 
     Args:
         layers: one layer of the cache per layer of the model.

@@ -7,8 +7,8 @@
     layers.{i}.positions [rows]       int32    original position of each row
     layers.{i}.scores    [rows]       float32  score of each row, infinity for the prefix
 
-Metadata: one JSON object (`Header`) and checksums. Nothing is pickled. A file is written whole or
-not at all.
+Metadata, under "kvzip": the CRC-32 of a JSON object, a blank, and that object (`Header`).
+Nothing is pickled. A file is written whole or not at all.
 """
 
 import json
@@ -29,6 +29,7 @@ from kvzip.errors import KVzipError
 from kvzip.layers import AnsweringLayer, ContextLayer, Pairs, SlidingLayer, Tail
 
 FORMAT_VERSION = 1
+METADATA_KEY = "kvzip"
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,12 @@ def save(kv: ContextCache, path: str | Path, *, overwrite: bool = False) -> Path
         windows=[getattr(layer, "window", None) for layer in kv.layers],
         checksums={name: _checksum(tensor) for name, tensor in tensors.items()},
     )
-    text = json.dumps(asdict(header))
-    metadata = {"kvzip": text, "kvzip_crc32": str(zlib.crc32(text.encode()))}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata)
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(tensors, partial, {METADATA_KEY: _pack_header(header)})
+        partial.chmod(mode)  # what a new file gets here; safetensors makes private ones
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -156,10 +158,11 @@ def load(
     path = Path(path)
     header = read_header(path)
     if header.origin.fingerprint != origin.fingerprint:
+        made_with, at_hand = header.origin, origin
         raise KVzipError(
-            f"{path} was made with model {header.origin.model_id} (fingerprint "
-            f"{header.origin.fingerprint}), not with {origin.model_id} ({origin.fingerprint}): "
-            "load it with that model"
+            f"{path} was made with model {made_with.model_id} "
+            f"(fingerprint {made_with.fingerprint}), not with {at_hand.model_id} "
+            f"({at_hand.fingerprint}): load it with that model, or zip the document again"
         )
     if header.origin.tokenizer_hash != origin.tokenizer_hash:
         raise KVzipError(
@@ -236,11 +239,20 @@ def _assemble(
     return layers, Scores(torch.stack(scores), header.scorer)
 
 
+def _pack_header(header: Header) -> str:
+    text = json.dumps(asdict(header))
+    return f"{_text_checksum(text)} {text}"
+
+
+def _text_checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> Header:
-    text = metadata.get("kvzip")
-    if text is None:
+    if METADATA_KEY not in metadata:
         raise KVzipError(f"{path} is a safetensors file, but no .kvz file")
-    if metadata.get("kvzip_crc32") != str(zlib.crc32(text.encode())):
+    checksum, _, text = metadata[METADATA_KEY].partition(" ")
+    if checksum != _text_checksum(text):
         raise KVzipError(f"{path} is damaged: the checksum of its header is wrong")
     try:
         fields: dict[str, Any] = json.loads(text)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -50,6 +51,6 @@ class TokenClock(BaseStreamer):
 
 
 def seconds_per_token(clocks: Iterable[TokenClock]) -> float | None:
-    """Mean length of a decoding step; None if no answer had more than one token."""
+    """Median length of a decoding step; None if no answer had more than one token."""
     steps = [step for clock in clocks for step in clock.steps]
-    return sum(steps) / len(steps) if steps else None
+    return median(steps) if steps else None

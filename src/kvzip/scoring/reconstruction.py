@@ -37,7 +37,8 @@ def score(
         prompts: its prompts.
         kv: a full cache; it is read, never changed.
         max_positions: positions that the model was made for.
-        chunk_size: context tokens that one forward pass repeats.
+        chunk_size: context tokens that one forward pass repeats; fewer where the positions behind
+            the context leave room for fewer.
         progress: called with `("score", done, total)` after each chunk.
 
     Returns:
@@ -45,27 +46,24 @@ def score(
         query of its chunk's repeat input.
 
     Raises:
-        KVzipError: if pairs are evicted already, or the repeat does not fit the model's positions.
+        KVzipError: if pairs are evicted already, or the context leaves no room for a repeat.
     """
-    if not kv.kept.all():
+    if not (kv.retained or kv.kept.all()):
         raise KVzipError("an evicted cache cannot be scored again: prefill the context anew")
     if chunk_size < 1:
         raise KVzipError(f"score_chunk is {chunk_size}: repeat at least one token at a time")
     p, n = kv.document.prefix_length, kv.document.context_length
     context = kv.document.token_ids[p:]
-    chunks = context.split(chunk_size)
-    repeats = [
-        prompts.repeat_ids(chunks[j - 1] if j else None, chunk) for j, chunk in enumerate(chunks)
-    ]
-    needed = p + n + max(len(repeat) for repeat in repeats)
-    if needed > max_positions:
+    room = max_positions - p - n - len(prompts.repeat_ids(context, context[:0]))
+    if room < 1:
         raise KVzipError(
-            f"scoring a context of {n} tokens in chunks of {chunk_size} takes {needed} positions, "
-            f"the model has {max_positions}: shorten the context or pass a smaller score_chunk"
+            f"the context takes {p + n} of the model's {max_positions} positions, which leaves "
+            "none to repeat it in: shorten it"
         )
     scores: list[Tensor] = []
-    start = p
-    for chunk, repeat in zip(chunks, repeats, strict=True):
+    start, before = p, None
+    for chunk in context.split(min(chunk_size, room)):
+        repeat = prompts.repeat_ids(before, chunk)
         layers = [_repeating(layer, p, slice(start, start + len(chunk))) for layer in kv.layers]
         model.base_model(
             input_ids=repeat[None].to(model.device),
@@ -76,7 +74,7 @@ def score(
             layer.chunk_scores.cpu() for layer in layers if isinstance(layer, RepeatingLayer)
         ]
         scores.append(torch.stack(chunk_scores))
-        start += len(chunk)
+        start, before = start + len(chunk), chunk
         progress("score", start - p, n)
     return Scores(torch.cat(scores, dim=-1).float(), "reconstruction")
 
@@ -101,7 +99,7 @@ class RepeatingLayer(ContextLayer):
     """`[H, m]`, there after the forward pass."""
 
     def __init__(self, layer: ContextLayer, prefix_length: int, chunk: slice) -> None:
-        super().__init__(layer.seen, layer.context, Tail())
+        super().__init__(layer.seen, layer.dense or layer.context, Tail())
         self.prefix_length = prefix_length
         self.chunk = chunk
 
