@@ -77,10 +77,11 @@ def generate(
     sequence = torch.cat([kv.token_ids, query_ids.cpu()])
     settings = _settings(settings, len(sequence), max_positions)
     before = kv.tail_length
+    input_ids = sequence[None].to(model.device)
     try:
         output: Tensor = model.generate(
-            sequence[None].to(model.device),
-            attention_mask=torch.ones_like(sequence[None]),
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
             past_key_values=kv,
             tokenizer=tokenizer,
             streamer=AnswerStreamer(streamer, query_ids) if streamer else None,
@@ -137,9 +138,10 @@ def generate_batch(
     context_positions = torch.arange(len(context)).expand(len(rows), -1)
     # Finished rows are filled up with a special token, which adds nothing to an answer's text.
     filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else int(context[0])
+    input_ids = sequences.to(model.device)
     output = model.generate(
-        sequences.to(model.device),
-        attention_mask=torch.ones_like(sequences),
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
         past_key_values=kv.fork(starts.to(model.device)),
         position_ids=torch.cat([context_positions, positions], dim=1).to(model.device),
         tokenizer=tokenizer,
