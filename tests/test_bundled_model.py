@@ -2,6 +2,7 @@
 
 import json
 from importlib import resources
+from random import Random
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from kvzip.synthetic import FAMILIES, Question, make_document
 
 DOCUMENTS = 24
 TOKENS = 1500
+QUESTIONS = 15
+FEW_DOCUMENTS = 8
 
 
 @pytest.fixture(scope="module")
@@ -18,40 +21,50 @@ def model() -> ModelKVzip:
     return ModelKVzip(device="cpu")
 
 
-def correct(model: ModelKVzip, kv: ContextCache, questions: tuple[Question, ...]) -> int:
+def correct(model: ModelKVzip, kv: ContextCache, questions: list[Question]) -> int:
     answers = model.ask(kv, [question.text for question in questions], max_new_tokens=64)
     return sum(a == q.answer for a, q in zip(answers, questions, strict=True))
 
 
-def test_zipped_answers_are_within_a_point_of_full_ones_and_random_pairs_collapse(
-    model: ModelKVzip,
-) -> None:
-    total = full = zipped = random = 0
+def ask_about(model: ModelKVzip, seed: int) -> tuple[str, list[Question]]:
+    """A document of all families that training did not see, and some of its questions."""
+    document = make_document(
+        list(FAMILIES),
+        seed=seed,
+        split="eval",
+        tokens=TOKENS,
+        count_tokens=lambda text: len(model.prompts.context_ids(text)),
+    )
+    return document.context, Random(seed).sample(document.questions, QUESTIONS)
+
+
+def test_zipped_answers_are_within_a_point_of_full_ones(model: ModelKVzip) -> None:
+    full = zipped = 0
     families = set()
     for seed in range(DOCUMENTS):
-        document = make_document(
-            list(FAMILIES),
-            seed=seed,
-            split="eval",
-            tokens=TOKENS,
-            count_tokens=lambda text: len(model.prompts.context_ids(text)),
-        )
-        families |= {question.family for question in document.questions}
-        total += len(document.questions)
-        kv = model.prefill(document.context)
-        full += correct(model, kv, document.questions)
-        assert kv.scores is not None
-        at_random = kv.fork()
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.rand(kv.scores.values.shape, generator=generator)
-        at_random.scores = Scores(noise, "random")
-        zipped += correct(model, kv.prune(0.3), document.questions)
-        random += correct(model, at_random.prune(0.3), document.questions)
+        context, questions = ask_about(model, seed)
+        families |= {question.family for question in questions}
+        kv = model.prefill(context)
+        full += correct(model, kv, questions)
+        zipped += correct(model, kv.prune(0.3), questions)
+    asked = DOCUMENTS * QUESTIONS
     assert families == set(FAMILIES)
-    assert total >= 300
-    assert full / total > 0.9
-    assert zipped / total >= full / total - 0.01
-    assert random / total < 0.5
+    assert full / asked > 0.95
+    assert zipped / asked >= full / asked - 0.01
+
+
+def test_random_pairs_collapse(model: ModelKVzip) -> None:
+    right = 0
+    for seed in range(FEW_DOCUMENTS):
+        context, questions = ask_about(model, seed)
+        kv = model.read(context)
+        shape = (*kv.kept.shape,)
+        kv.scores = Scores(
+            torch.rand(shape, generator=torch.Generator().manual_seed(seed)), "random"
+        )
+        right += correct(model, kv.prune(0.3), questions)
+    # labels and yes-or-no questions are guessed right now and then
+    assert right / (FEW_DOCUMENTS * QUESTIONS) < 0.6
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
