@@ -69,21 +69,21 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return result
-    asked = {"attention_mask": attention_mask, "dropout": dropout, **kwargs}
     # `is_causal=True` says what is done anyway; False would change it.
-    asked["is_causal"] = kwargs.get("is_causal") is False
-    refused = sorted(
-        name
-        for name, value in asked.items()
-        if name not in HARMLESS and (isinstance(value, Tensor) or value)
-    )
+    asked = {**kwargs, "is_causal": kwargs.get("is_causal") is False}
+    asked.update(attention_mask=attention_mask, dropout=dropout)
+    refused = [name for name in asked.keys() - HARMLESS if _is_set(asked[name])]
     if refused:
         raise KVzipError(
-            f"{type(module).__name__} asks for {', '.join(refused)}, which attention over a kvzip "
-            "cache does not implement: use this model without a kvzip cache"
+            f"{type(module).__name__} asks for {', '.join(sorted(refused))}, which attention over "
+            "a kvzip cache does not implement: use this model without a kvzip cache"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return key.attend(query, scale, sliding_window).transpose(1, 2), None
+
+
+def _is_set(argument: Any) -> bool:
+    return isinstance(argument, Tensor) or bool(argument)
 
 
 def mask(*args: Any, kv_length: int, **kwargs: Any) -> Tensor | None:

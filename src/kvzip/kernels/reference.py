@@ -15,8 +15,6 @@ Packed pairs are `[rows, D]` with `indptr` `[H + 1]`: head `h` owns rows `indptr
 Half-precision inputs are accumulated in float32.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,29 +114,44 @@ def zipped_attention(
     """
     batch, query_heads, t, _ = query.shape
     kv_heads, s = tail_keys.shape[1:3]
+    lengths = indptr.diff().tolist()
+    blocks = _blocks(t, batch * query_heads * (max(lengths) + s))
+    if len(blocks) > 1:  # a block of queries sees the tail up to its own last token
+        parts = []
+        for rows in blocks:
+            tail = slice(0, s - t + rows.stop)
+            tails = tail_keys[:, :, tail], tail_values[:, :, tail]
+            part = query[:, :, rows]
+            parts.append(zipped_attention(part, keys, values, indptr, *tails, scale, starts))
+        return torch.cat(parts, dim=2)
+
     accumulate = _accumulation_dtype(query)
+    rows = sum(lengths)
+    keys, values = keys[:rows].to(accumulate), values[:rows].to(accumulate)
+    tail_keys = tail_keys.transpose(0, 1).to(accumulate)  # [H, B, s, D]
+    tail_values = tail_values.transpose(0, 1).to(accumulate)
     grouped = query.to(accumulate).unflatten(1, (kv_heads, -1)) * scale  # [B, H, G, t, D]
-    keys, values = keys.to(accumulate), values.to(accumulate)
-    tail_keys = tail_keys[:, :, None].to(accumulate)
-    tail_values = tail_values[:, :, None].to(accumulate)
+    queries = grouped.transpose(0, 1).flatten(2, 3)  # [H, B, G * t, D]
+    on_tail = queries @ tail_keys.mT  # [H, B, G * t, s]
     hidden = _hidden_in_tail(t, s, starts, query.device)
-    spans = [slice(start, end) for start, end in pairwise(indptr.tolist())]
-    longest = max(span.stop - span.start for span in spans)
-    blocks = []
-    for rows in _blocks(t, batch * query_heads * (longest + s)):
-        queries = grouped[..., rows, :]
-        on_tail = queries @ tail_keys.mT  # [B, H, G, block, s]
-        if hidden is not None:
-            on_tail = on_tail.masked_fill(hidden[..., rows, :], -torch.inf)
-        from_context, tail_weights = [], []
-        for h, span in enumerate(spans):
-            on_context = queries[:, h] @ keys[span].T  # [B, G, block, rows of h]
-            weights = torch.cat([on_context, on_tail[:, h]], dim=-1).softmax(-1)
-            from_context.append(weights[..., :-s] @ values[span])
-            tail_weights.append(weights[..., -s:])
-        from_tail = torch.stack(tail_weights, dim=1) @ tail_values
-        blocks.append(torch.stack(from_context, dim=1) + from_tail)
-    return torch.cat(blocks, dim=-2).flatten(1, 2).to(query.dtype)
+    if hidden is not None:
+        on_tail = on_tail.unflatten(2, (-1, t)).masked_fill(hidden, -torch.inf).flatten(2, 3)
+    from_context, weights_on_tail = [], []
+    for head_queries, head_on_tail, head_keys, head_values in zip(
+        queries.flatten(1, 2).unbind(0),  # [B * G * t, D] of each head
+        on_tail.flatten(1, 2).unbind(0),
+        keys.split(lengths),
+        values.split(lengths),
+        strict=True,
+    ):
+        logits = torch.cat([head_queries @ head_keys.T, head_on_tail], dim=-1)
+        context_weights, tail_weights = logits.softmax(-1).tensor_split([len(head_keys)], dim=-1)
+        from_context.append(context_weights @ head_values)
+        weights_on_tail.append(tail_weights)
+    from_tail = torch.stack(weights_on_tail).view(on_tail.shape) @ tail_values
+    out: Tensor = torch.stack(from_context).view(from_tail.shape) + from_tail  # [H, B, G * t, D]
+    out = out.unflatten(2, (-1, t)).transpose(0, 1).flatten(1, 2)
+    return out.to(query.dtype)
 
 
 def reconstruction_score(
@@ -193,15 +206,15 @@ def compact(keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _hidden_in_tail(t: int, s: int, starts: Tensor | None, device: torch.device) -> Tensor | None:
-    """`[B or 1, 1, 1, t, s]`, bool: tail columns that each query must not see, or None."""
+    """`[B or 1, 1, t, s]`, bool: tail columns that each query must not see, or None."""
     if t == 1 and starts is None:
         return None
     columns = torch.arange(s, device=device)
     own = columns[s - t :, None]
-    hidden = (columns > own)[None, None, None]  # [1, 1, 1, t, s]
+    hidden = (columns > own)[None, None]  # [1, 1, t, s]
     if starts is None:
         return hidden
-    return hidden | ((columns < starts[:, None, None, None, None]) & (columns != own))
+    return hidden | ((columns < starts[:, None, None, None]) & (columns != own))
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
