@@ -7,11 +7,14 @@ One process measures, on the bundled document,
 - time of a decoding step with stock transformers (`sdpa`, DynamicCache, full cache), with kvzip on
   the full cache and with kvzip on the zipped cache. Rounds alternate between the three.
 
+Small matrix products differ in speed from process to process on the same machine: run it several
+times and look at all the lines in the output file.
+
 Before a time is printed, outputs are compared: kvzip on the full cache must give stock
 transformers' tokens, and the zipped cache the expected answers as often as the full one (within
 one answer).
 
-    python benchmarks/whole_flow.py [--ratio 0.3] [--tokens 64] [--rounds 7] [--out FILE.json]
+    python benchmarks/whole_flow.py [--ratio 0.3] [--tokens 64] [--rounds 7] [--out FILE.jsonl]
 """
 
 import argparse
@@ -143,12 +146,13 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="append the result to this file, as one line")
     options = parser.parse_args()
-    text = json.dumps(measure(options.ratio, options.tokens, options.rounds), indent=2)
-    print(text)
+    measured = measure(options.ratio, options.tokens, options.rounds)
+    print(json.dumps(measured, indent=2))
     if options.out:
-        options.out.write_text(text + "\n")
+        with options.out.open("a") as file:
+            file.write(json.dumps(measured) + "\n")
 
 
 if __name__ == "__main__":

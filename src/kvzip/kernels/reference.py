@@ -112,7 +112,7 @@ def zipped_attention(
     Returns:
         `[B, Hq, t, D]` in the dtype of `query`.
     """
-    batch, query_heads, t, _ = query.shape
+    batch, query_heads, t, head_dim = query.shape
     kv_heads, s = tail_keys.shape[1:3]
     lengths = indptr.diff().tolist()
     blocks = _blocks(t, batch * query_heads * (max(lengths) + s))
@@ -128,30 +128,29 @@ def zipped_attention(
     accumulate = _accumulation_dtype(query)
     rows = sum(lengths)
     keys, values = keys[:rows].to(accumulate), values[:rows].to(accumulate)
-    tail_keys = tail_keys.transpose(0, 1).to(accumulate)  # [H, B, s, D]
-    tail_values = tail_values.transpose(0, 1).to(accumulate)
-    grouped = query.to(accumulate).unflatten(1, (kv_heads, -1)) * scale  # [B, H, G, t, D]
-    queries = grouped.transpose(0, 1).flatten(2, 3)  # [H, B, G * t, D]
-    on_tail = queries @ tail_keys.mT  # [H, B, G * t, s]
+    tail_keys = tail_keys.to(accumulate).flatten(0, 1)  # [B * H, s, D]
+    tail_values = tail_values.to(accumulate).flatten(0, 1)
+    queries = (query.to(accumulate) * scale).reshape(batch * kv_heads, -1, head_dim)
+    on_tail = queries @ tail_keys.mT  # [B * H, G * t, s]
     hidden = _hidden_in_tail(t, s, starts, query.device)
     if hidden is not None:
-        on_tail = on_tail.unflatten(2, (-1, t)).masked_fill(hidden, -torch.inf).flatten(2, 3)
+        by_token = on_tail.view(batch, query_heads, t, s)
+        on_tail = by_token.masked_fill(hidden, -torch.inf).view(on_tail.shape)
     from_context, weights_on_tail = [], []
-    for head_queries, head_on_tail, head_keys, head_values in zip(
-        queries.flatten(1, 2).unbind(0),  # [B * G * t, D] of each head
-        on_tail.flatten(1, 2).unbind(0),
+    for length, head_keys, head_values, head_queries, head_on_tail in zip(
+        lengths,
         keys.split(lengths),
         values.split(lengths),
+        queries.view(batch, kv_heads, -1, head_dim).unbind(1),  # [B, G * t, D] of each head
+        on_tail.view(batch, kv_heads, -1, s).unbind(1),
         strict=True,
     ):
-        logits = torch.cat([head_queries @ head_keys.T, head_on_tail], dim=-1)
-        context_weights, tail_weights = logits.softmax(-1).tensor_split([len(head_keys)], dim=-1)
-        from_context.append(context_weights @ head_values)
-        weights_on_tail.append(tail_weights)
-    from_tail = torch.stack(weights_on_tail).view(on_tail.shape) @ tail_values
-    out: Tensor = torch.stack(from_context).view(from_tail.shape) + from_tail  # [H, B, G * t, D]
-    out = out.unflatten(2, (-1, t)).transpose(0, 1).flatten(1, 2)
-    return out.to(query.dtype)
+        weights = torch.cat([head_queries @ head_keys.T, head_on_tail], dim=-1).softmax(-1)
+        from_context.append(weights[..., :length] @ head_values)
+        weights_on_tail.append(weights[..., length:])
+    from_tail = torch.stack(weights_on_tail, dim=1).flatten(0, 1) @ tail_values
+    out = torch.stack(from_context, dim=1).flatten(0, 1) + from_tail  # [B * H, G * t, D]
+    return out.view(batch, query_heads, t, -1).to(query.dtype)
 
 
 def reconstruction_score(
