@@ -40,6 +40,7 @@ test-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY))  ## run the tests that
 
 bench: $(READY)  ## run the benchmarks that this machine can run
 	$(BIN)/python benchmarks/whole_flow.py
+	$(BIN)/python benchmarks/eviction_quality.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,12 +14,12 @@ import transformers
 import kvzip
 
 
-def provenance() -> dict[str, Any]:
-    """Everything that a reader needs to judge, or to repeat, a measurement."""
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Everything that a reader needs to judge, or to repeat, a measurement on a device."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -30,43 +30,46 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
-from kvzip import ContextCache, ModelKVzip
+from kvzip import ContextCache, ModelKVzip, decoding
+from kvzip.cli.timing import TokenClock
 from kvzip.loading import resolve
 from provenance import provenance
 
 
-class StepTimes(BaseStreamer):
-    """Notes when each token arrives; the steps are the gaps between them."""
-
-    def __init__(self) -> None:
-        self.arrivals: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.arrivals.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def steps(self) -> list[float]:
-        # the first arrival is the prompt, the second the token that the prompt's forward pass gave
-        return [b - a for a, b in zip(self.arrivals[1:], self.arrivals[2:], strict=False)]
-
-
-def decode(hf_model: Any, ids: Tensor, cache: Any, tokens: int) -> tuple[list[int], list[float]]:
+def with_stock(
+    stock: Any, prefilled: DynamicCache, ids: Tensor, tokens: int
+) -> tuple[list[int], list[float]]:
     """Generate exactly `tokens` tokens greedily; return them and the time of each step."""
-    times = StepTimes()
-    output = hf_model.generate(
+    times = TokenClock()
+    output = stock.generate(
         ids[None],
         attention_mask=torch.ones_like(ids[None]),
-        past_key_values=cache,
+        past_key_values=copy.deepcopy(prefilled),
         do_sample=False,
         min_new_tokens=tokens,
         max_new_tokens=tokens,
         streamer=times,
     )
-    return output[0, len(ids) :].tolist(), times.steps()
+    return output[0, len(ids) :].tolist(), times.steps
+
+
+def with_kvzip(
+    model: ModelKVzip, kv: ContextCache, query_ids: Tensor, tokens: int
+) -> tuple[list[int], list[float]]:
+    """The same from a kvzip cache."""
+    times = TokenClock()
+    output = decoding.generate(
+        model.hf_model,
+        model.tokenizer,
+        kv,
+        query_ids,
+        max_positions=model.geometry.max_positions,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        streamer=times,
+    )
+    return output.tolist(), times.steps
 
 
 def answers(model: ModelKVzip, kv: ContextCache, questions: list[dict[str, str]]) -> list[bool]:
@@ -98,14 +101,15 @@ def measure(ratio: float, tokens: int, rounds: int) -> dict[str, Any]:
     _, compact_seconds = timed(lambda: kv.prune(ratio))
     zipped_answers = answers(model, kv, questions)
 
-    ids = torch.cat([kv.token_ids, model.apply_template(questions[0]["question"])])
+    query_ids = model.apply_template(questions[0]["question"])
+    ids = torch.cat([kv.token_ids, query_ids])
     prefilled = DynamicCache(config=stock.config)
     with torch.no_grad():
         stock(kv.token_ids[None], past_key_values=prefilled, logits_to_keep=1)
     paths = {
-        "stock": lambda: decode(stock, ids, copy.deepcopy(prefilled), tokens),
-        "full": lambda: decode(model.hf_model, ids, full.fork(), tokens),
-        "zipped": lambda: decode(model.hf_model, ids, kv.fork(), tokens),
+        "stock": lambda: with_stock(stock, prefilled, ids, tokens),
+        "full": lambda: with_kvzip(model, full, query_ids, tokens),
+        "zipped": lambda: with_kvzip(model, kv, query_ids, tokens),
     }
     outputs: dict[str, list[int]] = {}
     steps: dict[str, list[float]] = {name: [] for name in paths}
@@ -121,7 +125,7 @@ def measure(ratio: float, tokens: int, rounds: int) -> dict[str, Any]:
     seconds = {name: statistics.median(times) for name, times in steps.items()}
     spread = {name: statistics.quantiles(times, n=10) for name, times in steps.items()}
     return {
-        **provenance(),
+        **provenance(model.hf_model.device),
         "context_tokens": kv.document.context_length,
         "questions": len(questions),
         "answered_full": sum(full_answers),

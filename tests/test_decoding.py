@@ -357,3 +357,27 @@ def test_tokens_that_the_cache_does_not_know_of_are_refused():
     assert model.generate(SECOND, kv=kv, max_new_tokens=4) == model.generate(
         SECOND, kv=model.read(TEXT), max_new_tokens=4
     )
+
+
+@pytest.mark.parametrize("forget", [lambda kv: kv.truncate(0), lambda kv: kv.reset()])
+def test_a_forgotten_conversation_is_gone(forget):
+    model = shared_model()
+    kv = model.read(TEXT)
+    alone = model.generate(QUESTIONS[1], kv=kv, max_new_tokens=6)
+    model.generate(QUESTIONS[0], kv=kv, update_cache=True, max_new_tokens=6)
+    assert len(kv.history)
+    forget(kv)
+    assert kv.seen_tokens == len(kv.token_ids) == len(kv.document.token_ids)
+    assert model.generate(QUESTIONS[1], kv=kv, max_new_tokens=6) == alone
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_length": 9}, {"attention_mask": torch.ones(1, 1)}, {"output_scores": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_the_cache_decides_is_no_setting(settings):
+    model = shared_model()
+    kv = model.read(TEXT)
+    with pytest.raises(KVzipError, match=f"{next(iter(settings))} cannot be set here"):
+        model.generate(QUESTIONS[0], kv=kv, **settings)

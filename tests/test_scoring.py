@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kvzip import KVzipError
 from kvzip.scoring import heads
+from kvzip.scoring.reconstruction import SHORTEST_CHUNK
 from models import (
     GEMMA3_LAYERS,
     KINDS,
@@ -128,13 +129,13 @@ def test_a_chunk_size_must_be_positive():
 
 def test_chunks_shrink_to_what_the_positions_leave_room_for():
     calls = []
-    model = make_model(max_position_embeddings=200)
-    kv = model.read(random_ids(100))
-    request = len(model.prompts.repeat_ids(random_ids(100), random_ids(0)))
-    room = 200 - len(kv.token_ids) - request
-    assert 0 < room < 50
+    model = make_model(max_position_embeddings=1024)
+    kv = model.read(random_ids(600))
+    request = len(model.prompts.repeat_ids(random_ids(600), random_ids(0)))
+    room = 1024 - len(kv.token_ids) - request
+    assert SHORTEST_CHUNK <= room < 600
     model.score(kv, progress=lambda stage, done, total: calls.append(done))
-    assert calls == [*range(room, 100, room), 100]
+    assert calls == [*range(room, 600, room), 600]
     shrunk = kv.scores.values
     assert torch.equal(model.score(kv, score_chunk=room).scores.values, shrunk)
 

@@ -59,6 +59,18 @@ def set_header(metadata: dict[str, str], **changes) -> None:
 
 
 class TestRoundTrip:
+    def test_a_retaining_model_retains_what_a_file_holds(self, tmp_path):
+        model = make_model(kv_type="retain")
+        kv = model.prefill(TEXT)
+        again = model.load(kv.save(tmp_path / "full.kvz"))
+        for ratio in (0.3, 0.7, 0.1):
+            assert torch.equal(again.prune(ratio).kept, kv.prune(ratio).kept)
+        held = model.load(kv.prune(0.5).save(tmp_path / "half.kvz"))
+        held.prune(0.2)
+        assert torch.equal(held.prune(0.4).kept, kv.prune(0.4).kept)
+        with pytest.raises(KVzipError, match="already evicted"):
+            held.prune(0.6)
+
     def test_equal_caches_make_equal_files_with_ordinary_permissions(self, tmp_path):
         kv = shared_model().prefill(TEXT).prune(0.5)
         one, other = kv.save(tmp_path / "one.kvz"), kv.save(tmp_path / "other.kvz")
@@ -108,7 +120,7 @@ class TestRoundTrip:
         model = make_model(kv_type="retain")
         kv = model.prefill(TEXT).prune(0.3)
         again = model.load(kv.save(tmp_path / "context.kvz"))
-        assert not again.retained
+        assert torch.equal(again.held, again.kept)
         assert_same(snapshot(again), snapshot(shared_model().prefill(TEXT).prune(0.3)))
 
     def test_without_scores(self, tmp_path):

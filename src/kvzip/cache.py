@@ -135,14 +135,23 @@ class ContextCache(Cache):
 
     @property
     def retained(self) -> bool:
-        """Whether the dense pairs are kept beside the others (`kv_type="retain"`)."""
-        return any(layer.dense is not None for layer in self.prunable)
+        """Whether evicted pairs stay beside the kept ones (`kv_type="retain"`)."""
+        return any(layer.retained is not None for layer in self.prunable)
 
     @property
     def kept(self) -> Tensor:
         """`[L, H, n]`, bool, on the CPU: context pairs held by the layers that can be pruned."""
         p = self.document.prefix_length
         return torch.stack([layer.context.kept[:, p:] for layer in self.prunable])
+
+    @property
+    def held(self) -> Tensor:
+        """`[L, H, n]`, bool, on the CPU: pairs that `prune` can choose from.
+
+        Those that are kept, and with `kv_type="retain"` those that were evicted, too.
+        """
+        p = self.document.prefix_length
+        return torch.stack([layer.held.kept[:, p:] for layer in self.prunable])
 
     @property
     def realised_ratio(self) -> float:
@@ -169,9 +178,7 @@ class ContextCache(Cache):
         """
         if self.scores is None:
             raise KVzipError("this cache has no scores to prune by: call model.score(kv) first")
-        scores = self.scores.values
-        if not self.retained:
-            scores = scores.masked_fill(~self.kept, -torch.inf)
+        scores = self.scores.values.masked_fill(~self.held, -torch.inf)
         device = self.prunable[0].context.keys.device
         kept = select(scores.to(device), ratio, level).cpu()
         prefix = kept.new_ones((kept.shape[1], self.document.prefix_length))
@@ -193,9 +200,14 @@ class ContextCache(Cache):
         )
 
     def truncate(self, tail_length: int) -> None:
-        """Forget all but the first `tail_length` tokens of the tail."""
+        """Forget all but the first `tail_length` tokens behind the context."""
         for layer in self.layers:
             layer.tail.truncate(tail_length)
+        self.history = self.history[:tail_length]
+
+    def reset(self) -> None:
+        """Forget everything behind the context."""
+        self.truncate(0)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the context to a `.kvz` file (see `storage`); the tail is not part of it.

@@ -1,14 +1,23 @@
-"""Stage 5: answers. Transformers' own generation loop on a cache whose tail is rolled back after.
+"""Stage 5: answers. Transformers prepares, this loop decodes, and the tail is rolled back after.
 
-Generation settings, logits processors, stopping criteria and streamers are transformers' own.
+Generation settings, logits processors, stopping criteria and streamers are transformers' own:
+`hf_model.generate` sets them up and calls `decode` in the place of its own loop.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from kvzip.cache import ContextCache
@@ -20,25 +29,33 @@ DEFAULT_NEW_TOKENS = 512
 # sampling that many checkpoints bring along.
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
-# Settings that change what transformers' generate returns, with the one value that fits.
-RETURNED = {"num_return_sequences": 1, "return_dict_in_generate": False}
-
-
-class AnswerStreamer(BaseStreamer):
-    """Hands a streamer the question as its prompt instead of the whole context."""
-
-    def __init__(self, streamer: BaseStreamer, query_ids: Tensor) -> None:
-        self.streamer = streamer
-        self.prompt: Tensor | None = query_ids
-
-    def put(self, value: Tensor) -> None:
-        """Pass tokens on; the first are the prompt."""
-        self.streamer.put(value if self.prompt is None else self.prompt)
-        self.prompt = None
-
-    def end(self) -> None:
-        """Pass the end on."""
-        self.streamer.end()
+# Settings that ask for another loop or another kind of result, with the one value that fits.
+FIXED = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "assistant_model": None,
+    "prompt_lookup_num_tokens": None,
+    "guidance_scale": None,
+}
+# What `generate` takes and the cache decides.
+NOT_SETTINGS = frozenset(
+    {
+        "attention_mask",
+        "custom_generate",
+        "input_ids",
+        "inputs",
+        "inputs_embeds",
+        "max_length",
+        "negative_prompt_ids",
+        "output_attentions",
+        "output_hidden_states",
+        "output_logits",
+        "output_scores",
+        "past_key_values",
+        "position_ids",
+    }
+)
 
 
 def generate(
@@ -75,26 +92,19 @@ def generate(
     if not len(query_ids):
         raise KVzipError("the question is empty")
     sequence = torch.cat([kv.token_ids, query_ids.cpu()])
-    settings = _settings(settings, len(sequence), max_positions)
-    before = kv.tail_length
-    input_ids = sequence[None].to(model.device)
+    settings = _settings(model, settings, len(sequence), max_positions)
+    tail_length, history = kv.tail_length, kv.history
+    if streamer is not None:
+        streamer.put(query_ids.cpu())
     try:
-        output: Tensor = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            past_key_values=kv,
-            tokenizer=tokenizer,
-            streamer=AnswerStreamer(streamer, query_ids) if streamer else None,
-            **settings,
-        )[0].cpu()
-    except BaseException:
-        kv.truncate(before)
-        raise
-    if update_cache:
-        kv.history = output[len(kv.document.token_ids) :]
-    else:
-        kv.truncate(before)
-    return output[len(sequence) :]
+        answers = _run(model, tokenizer, kv, sequence[None], settings, streamer=streamer)
+        if update_cache:
+            tail_length = kv.tail_length
+            history = torch.cat([history, query_ids.cpu(), answers[0]])
+    finally:
+        kv.truncate(tail_length)
+        kv.history = history  # after an answer, one token longer than the tail
+    return answers[0]
 
 
 def generate_batch(
@@ -119,14 +129,13 @@ def generate_batch(
         settings: as in `generate`.
 
     Returns:
-        `[tokens]`, int64, on the CPU, for each question; special tokens behind an answer may differ
-        from those of `generate`.
+        `[tokens]`, int64, on the CPU, for each question.
     """
     _refuse_unknown_tail(kv)
     rows = [torch.cat([kv.history, query.cpu()]) for query in queries]
     longest = max(len(row) for row in rows)
     context = kv.document.token_ids
-    settings = _settings(settings, len(context) + longest, max_positions)
+    settings = _settings(model, settings, len(context) + longest, max_positions)
     # Padding repeats the first token, so that penalties on seen tokens see nothing new.
     sequences = context[0].repeat(len(rows), len(context) + longest)
     sequences[:, : len(context)] = context
@@ -136,23 +145,104 @@ def generate_batch(
     columns = torch.arange(longest)
     positions = len(context) + (columns - starts[:, None]).clamp_min(0)
     context_positions = torch.arange(len(context)).expand(len(rows), -1)
-    # Finished rows are filled up with a special token, which adds nothing to an answer's text.
-    filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else int(context[0])
+    position_ids = torch.cat([context_positions, positions], dim=1)
+    batch = kv.fork(starts.to(model.device))
+    return _run(model, tokenizer, batch, sequences, settings, position_ids=position_ids)
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kv: ContextCache,
+    sequences: Tensor,
+    settings: dict[str, Any],
+    *,
+    streamer: BaseStreamer | None = None,
+    position_ids: Tensor | None = None,
+) -> list[Tensor]:
+    """Continue `[B, s]` sequences, of which the cache has seen a part; their new tokens."""
     input_ids = sequences.to(model.device)
-    output = model.generate(
+    if position_ids is not None:
+        settings = {**settings, "position_ids": position_ids.to(model.device)}
+    # transformers hands no tokenizer to stopping criteria when another loop than its own decodes
+    criteria = StoppingCriteriaList(settings.pop("stopping_criteria", None) or [])
+    if strings := settings.pop("stop_strings"):
+        criteria.append(StopStringCriteria(tokenizer, strings))
+    output, lengths = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=kv.fork(starts.to(model.device)),
-        position_ids=torch.cat([context_positions, positions], dim=1).to(model.device),
-        tokenizer=tokenizer,
-        pad_token_id=filler,
+        past_key_values=kv,
+        stopping_criteria=criteria,
+        stop_strings=None,
+        custom_generate=partial(decode, streamer=streamer),
         **settings,
-    ).cpu()
-    ends = _end_tokens(model, settings)
-    return [_answer(row, ends, filler) for row in output[:, sequences.shape[1] :]]
+    )
+    rows = zip(output[:, sequences.shape[1] :].cpu(), lengths.tolist(), strict=True)
+    return [row[:length] for row, length in rows]
 
 
-def _settings(settings: dict[str, Any], used: int, max_positions: int) -> dict[str, Any]:
+def decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    streamer: BaseStreamer | None = None,
+    **prepared: Any,
+) -> tuple[Tensor, Tensor]:
+    """Read what the cache has not seen, then decode token after token until every row has ended.
+
+    The signature is what transformers' `generate` calls (`custom_generate`).
+
+    Args:
+        model: the model.
+        input_ids: `[B, s]`, int64: whole sequences, of which the cache has seen a part.
+        logits_processor: applied to the logits of every step.
+        stopping_criteria: say after every step which rows have ended.
+        generation_config: says whether to sample.
+        streamer: gets each new token.
+        prepared: what else transformers prepared for the model: of it, the cache
+            (`past_key_values`), which grows by all but the last new token, and `position_ids`
+            `[B, s]` are needed.
+
+    Returns:
+        `[B, s + new]`, the sequences with their new tokens, rows that ended early filled up with
+        their first token, and `[B]`, the number of new tokens in each row.
+    """
+    kv: ContextCache = prepared["past_key_values"]
+    positions: Tensor = prepared["position_ids"][:, kv.seen_tokens :]
+    tokens = input_ids[:, kv.seen_tokens :]
+    unfinished = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
+    lengths = torch.zeros_like(input_ids[:, 0])
+    while unfinished.any():
+        output = model(
+            input_ids=tokens,
+            position_ids=positions,
+            past_key_values=kv,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        scores = logits_processor(input_ids, output.logits[:, -1].float())
+        if generation_config.do_sample:
+            chosen = torch.multinomial(scores.softmax(-1), num_samples=1)
+        else:
+            chosen = scores.argmax(-1, keepdim=True)
+        tokens = torch.where(unfinished[:, None], chosen, input_ids[:, :1])
+        positions = positions[:, -1:] + 1
+        input_ids = torch.cat([input_ids, tokens], dim=1)
+        if streamer is not None:
+            streamer.put(tokens.flatten().cpu())
+        lengths += unfinished
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+    if streamer is not None:
+        streamer.end()
+    return input_ids, lengths
+
+
+def _settings(
+    model: PreTrainedModel, settings: dict[str, Any], used: int, max_positions: int
+) -> dict[str, Any]:
     """Greedy by default, and never beyond the model's positions."""
     left = max_positions - used
     if left < 1:
@@ -160,17 +250,26 @@ def _settings(settings: dict[str, Any], used: int, max_positions: int) -> dict[s
             f"context and question take {used} positions, the model has {max_positions}: shorten "
             "the question"
         )
+    if given := sorted(settings.keys() & NOT_SETTINGS):
+        raise KVzipError(
+            f"{', '.join(given)} cannot be set here: say how long an answer may be with "
+            "max_new_tokens, and use hf_model.generate with kv.fork() for the rest"
+        )
     config = settings.get("generation_config")
-    for name, value in RETURNED.items():
+    for name, value in FIXED.items():
         if (settings.get(name, getattr(config, name, None)) or value) != value:
-            raise KVzipError(f"{name} must be {value}: one answer is given to each question")
+            raise KVzipError(
+                f"{name} must be {value}: each question gets one answer, decoded token by token"
+            )
     asked = settings.get("max_new_tokens", config and config.max_new_tokens)
     if asked is None:
         asked = min(DEFAULT_NEW_TOKENS, left)
     if not 1 <= asked <= left:
         raise KVzipError(f"max_new_tokens is {asked}, there is room for 1 to {left} tokens")
     sampled = settings.get("do_sample", config and config.do_sample)
-    return {**({} if sampled else GREEDY), **settings, "max_new_tokens": asked}
+    strings = settings.get("stop_strings", (config or model.generation_config).stop_strings)
+    fixed = {"max_new_tokens": asked, "stop_strings": strings}
+    return {**({} if sampled else GREEDY), **settings, **fixed}
 
 
 def _refuse_unknown_tail(kv: ContextCache) -> None:
@@ -180,19 +279,3 @@ def _refuse_unknown_tail(kv: ContextCache) -> None:
             f"the tail holds {kv.tail_length} tokens, of which this cache was told of "
             f"{len(kv.history)}: hand kv.fork() to other code, or forget them with kv.truncate(0)"
         )
-
-
-def _end_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> Tensor:
-    """Tokens that end an answer."""
-    config = settings.get("generation_config") or model.generation_config
-    ends = settings.get("eos_token_id", config.eos_token_id)
-    return torch.tensor([] if ends is None else ends).flatten()
-
-
-def _answer(row: Tensor, ends: Tensor, filler: int) -> Tensor:
-    """A row of a batch up to its end: its first end token, or where its filling begins."""
-    found = torch.isin(row, ends).nonzero()
-    if len(found):
-        return row[: int(found[0]) + 1]
-    tokens = (row != filler).nonzero()
-    return row[: int(tokens[-1]) + 1] if len(tokens) else row[:0]

@@ -17,11 +17,9 @@ PROBE_TOKENS = 2
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """One attention layer: KV heads, query heads per KV head, head dimension, window in tokens."""
+    """One attention layer: number of KV heads, and window in tokens or None."""
 
     kv_heads: int
-    group: int
-    head_dim: int
     window: int | None
 
 
@@ -117,8 +115,7 @@ class ProbeLayer(Layer):
 
     def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
         """Note the geometry and attend."""
-        _, kv_heads, _, head_dim = self.pairs[0].shape
-        self.geometry = LayerGeometry(kv_heads, query.shape[1] // kv_heads, head_dim, window)
+        self.geometry = LayerGeometry(self.pairs[0].shape[1], window)
         return reference.causal_attention(query, *self.pairs, scale)
 
     def get_seq_length(self) -> int:

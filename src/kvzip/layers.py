@@ -213,13 +213,20 @@ class ContextLayer(AnsweringLayer):
         seen: positions of the context, prefix included.
         context: the pairs kept of it.
         tail: what came after.
-        dense: all pairs of the context, when they are retained beside the kept ones.
+        retained: what the context was pruned from, when that is retained beside the kept pairs.
     """
 
-    def __init__(self, seen: int, context: Pairs, tail: Tail, dense: Pairs | None = None) -> None:
+    def __init__(
+        self, seen: int, context: Pairs, tail: Tail, retained: Pairs | None = None
+    ) -> None:
         super().__init__(seen, tail)
         self.context = context
-        self.dense = dense
+        self.retained = retained
+
+    @property
+    def held(self) -> Pairs:
+        """The pairs that pruning chooses from."""
+        return self.retained or self.context
 
     def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
         """Attend to the context and, causally, to the tail."""
@@ -235,20 +242,19 @@ class ContextLayer(AnsweringLayer):
 
     def fork(self, tail: Tail) -> "ContextLayer":
         """A layer that shares this context, with another tail."""
-        return ContextLayer(self.seen, self.context, tail, self.dense)
+        return ContextLayer(self.seen, self.context, tail, self.retained)
 
     def prune(self, kept: Tensor) -> None:
         """Hold the pairs at `kept` only, `[H, s]`, bool, on the CPU.
 
-        They must be among those held, or be any where the dense context is retained.
+        They must be among those `held`.
         """
-        self.context = (self.dense or self.context).keep(kept)
+        self.context = self.held.keep(kept)
 
     def context_tensors(self) -> Iterable[Tensor]:
-        """Keys and values of the context, and of the dense context where it is retained."""
+        """Keys and values of the context, and of what it was pruned from where that is retained."""
         yield from (self.context.keys, self.context.values)
-        if self.dense is not None:
-            yield from (self.dense.keys, self.dense.values)
+        yield from (self.held.keys, self.held.values)
 
 
 class SlidingLayer(AnsweringLayer):
@@ -277,7 +283,7 @@ class SlidingLayer(AnsweringLayer):
         columns = torch.arange(self.tail.length, device=device)
         starts = torch.zeros(1, 1, dtype=torch.long, device=device)
         if self.tail.starts is not None:
-            starts = self.tail.starts[:, None]
+            starts = self.tail.starts.to(device)[:, None]
         tail_positions = self.seen + columns - starts  # [B or 1, length]
         context_positions = torch.arange(self.seen - held, self.seen, device=device)
         key_positions = torch.cat(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +18,12 @@ from transformers import (
 
 from kvzip.attention import IMPLEMENTATION
 from kvzip.errors import KVzipError
+from kvzip.geometry import refuse_layer_types
+
+# Arguments of `from_pretrained` that say where and how files are found.
+HUB_ARGUMENTS = frozenset(
+    {"cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code"}
+)
 
 BUNDLED = "bundled"
 """Name of the small model that comes with this package."""
@@ -96,7 +103,7 @@ def load(
         name: see `resolve`.
         dtype: dtype of the weights; the checkpoint's on a GPU and float32 on a CPU if None.
         device: where to put it, the first GPU or else the CPU if None.
-        kwargs: passed on to `AutoModelForCausalLM.from_pretrained` (`device_map`, `revision`, ...).
+        kwargs: passed on to transformers' `from_pretrained` (`revision`, `token`, ...).
 
     Raises:
         KVzipError: if the model is unknown or cannot be had.
@@ -106,8 +113,10 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
     try:
-        config = _config(published, kwargs.get("revision"))
+        config = _config(published, hub)
+        refuse_layer_types(config.get_text_config(decoder=True))
         model = AutoModelForCausalLM.from_pretrained(
             published.repository,
             config=config,
@@ -115,20 +124,20 @@ def load(
             attn_implementation=IMPLEMENTATION,
             **kwargs,
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            published.repository, revision=kwargs.get("revision")
-        )
-    except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(published.repository, **hub)
+        if "device_map" not in kwargs:
+            model = model.to(device)
+    except KVzipError:
+        raise
+    except (AssertionError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise KVzipError(f"model {name!r} cannot be loaded: {cause}") from error
-    if "device_map" not in kwargs:
-        model = model.to(device)
     return model.eval(), tokenizer
 
 
-def _config(published: Published, revision: str | None) -> Any:
+def _config(published: Published, hub: dict[str, Any]) -> Any:
     """The model's config with the settings of `published` on top."""
-    config = AutoConfig.from_pretrained(published.repository, revision=revision)
+    config = AutoConfig.from_pretrained(published.repository, **hub)
     for key, value in published.config.items():
         if key == "rope_parameters":
             value = {**(getattr(config, key, None) or {}), **value}

@@ -34,7 +34,7 @@ class ModelKVzip:
         instruction: what stands in front of the context; `"default"`, `"gsm"` or any text.
         dtype: dtype of the weights; the checkpoint's on a GPU and float32 on a CPU if None.
         device: where to put the model; the first GPU or else the CPU if None.
-        kwargs: passed on to `AutoModelForCausalLM.from_pretrained` (`device_map`, `revision`, ...).
+        kwargs: passed on to transformers' `from_pretrained` (`revision`, `token`, ...).
 
     Raises:
         KVzipError: if the model cannot be loaded or its layers cannot be cached.
@@ -47,7 +47,7 @@ class ModelKVzip:
 
     def __init__(
         self,
-        model: str | PreTrainedModel | None = None,
+        model: str | Path | PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         kv_type: str = "evict",
@@ -65,10 +65,9 @@ class ModelKVzip:
             self.hf_model.set_attn_implementation(attention.IMPLEMENTATION)
             self.model_id = model.name_or_path or type(model).__name__
         else:
-            self.hf_model, self.tokenizer = loading.load(
-                model, dtype=dtype, device=device, **kwargs
-            )
-            self.model_id = model or loading.BUNDLED
+            name = None if model is None else str(model)
+            self.hf_model, self.tokenizer = loading.load(name, dtype=dtype, device=device, **kwargs)
+            self.model_id = name or loading.BUNDLED
         self.retain = kv_type == "retain"
         parts = split_chat_template(self.tokenizer, INSTRUCTIONS.get(instruction, instruction))
         self.prompts = Prompts(self.tokenizer, parts)
@@ -98,7 +97,7 @@ class ModelKVzip:
         Args:
             context: text, or its token ids `[n]`.
             load_score: score whole heads from a file instead of scoring pairs by reconstruction:
-                True for the one beside the model's weights, or a path (see `scoring.heads`).
+                True for the one in the model's local folder, or a path (see `scoring.heads`).
             prefill_chunk: tokens of one forward pass while reading.
             score_chunk: tokens that one scoring pass makes the model repeat.
             progress: called with the stage, the tokens done and the tokens in all.
@@ -262,7 +261,11 @@ class ModelKVzip:
             KVzipError: if the file is missing, damaged, or was made with another model.
         """
         return storage.load(
-            path, self.origin, device=self.hf_model.device, dtype=self.hf_model.dtype
+            path,
+            self.origin,
+            device=self.hf_model.device,
+            dtype=self.hf_model.dtype,
+            retain=self.retain,
         )
 
     def _check(self, kv: ContextCache) -> None:

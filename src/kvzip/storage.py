@@ -141,7 +141,12 @@ def read_lengths(path: str | Path) -> Tensor:
 
 
 def load(
-    path: str | Path, origin: Origin, *, device: torch.device, dtype: torch.dtype
+    path: str | Path,
+    origin: Origin,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    retain: bool = False,
 ) -> ContextCache:
     """Read a cache that was saved from the same model.
 
@@ -150,6 +155,7 @@ def load(
         origin: the model at hand.
         device: where to put keys and values.
         dtype: the model's dtype; keys and values are converted to it.
+        retain: keep what the file holds beside what is pruned of it later.
 
     Raises:
         KVzipError: as `read_header`; also if a tensor is damaged or missing, or the file belongs to
@@ -171,7 +177,7 @@ def load(
         )
     try:
         tensors = _read_tensors(path, header)
-        layers, scores = _assemble(header, tensors, device, dtype)
+        layers, scores = _assemble(header, tensors, device, dtype, retain)
     except KVzipError:
         raise
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
@@ -212,7 +218,11 @@ def _tensors(kv: ContextCache) -> dict[str, Tensor]:
 
 
 def _assemble(
-    header: Header, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    retain: bool,
 ) -> tuple[list[AnsweringLayer], Scores | None]:
     """Layers and scores from the tensors of a file."""
     seen = header.prefix_length + header.context_tokens
@@ -229,7 +239,8 @@ def _assemble(
         heads = torch.repeat_interleave(torch.arange(len(indptr) - 1), indptr.diff())
         kept = torch.zeros(len(indptr) - 1, seen, dtype=torch.bool)
         kept[heads, positions] = True
-        layers.append(ContextLayer(seen, Pairs(keys, values, kept), Tail()))
+        pairs = Pairs(keys, values, kept)
+        layers.append(ContextLayer(seen, pairs, Tail(), pairs if retain else None))
         if header.scorer is not None:
             layer_scores = torch.zeros(kept.shape)
             layer_scores[heads, positions] = tensors[f"layers.{i}.scores"]

@@ -127,11 +127,10 @@ def zipped_attention(
 
     accumulate = _accumulation_dtype(query)
     rows = sum(lengths)
-    keys, values = keys[:rows].to(accumulate), values[:rows].to(accumulate)
     tail_keys = tail_keys.to(accumulate).flatten(0, 1)  # [B * H, s, D]
     tail_values = tail_values.to(accumulate).flatten(0, 1)
     queries = (query.to(accumulate) * scale).reshape(batch * kv_heads, -1, head_dim)
-    on_tail = queries @ tail_keys.mT  # [B * H, G * t, s]
+    on_tail = torch.bmm(queries, tail_keys.mT)  # [B * H, G * t, s]
     hidden = _hidden_in_tail(t, s, starts, query.device)
     if hidden is not None:
         by_token = on_tail.view(batch, query_heads, t, s)
@@ -139,17 +138,18 @@ def zipped_attention(
     from_context, weights_on_tail = [], []
     for length, head_keys, head_values, head_queries, head_on_tail in zip(
         lengths,
-        keys.split(lengths),
-        values.split(lengths),
-        queries.view(batch, kv_heads, -1, head_dim).unbind(1),  # [B, G * t, D] of each head
-        on_tail.view(batch, kv_heads, -1, s).unbind(1),
+        keys[:rows].split(lengths),
+        values[:rows].split(lengths),
+        _by_head(queries, batch).unbind(0),  # [B * G * t, D] of each head
+        _by_head(on_tail, batch).unbind(0),
         strict=True,
     ):
-        weights = torch.cat([head_queries @ head_keys.T, head_on_tail], dim=-1).softmax(-1)
-        from_context.append(weights[..., :length] @ head_values)
-        weights_on_tail.append(weights[..., length:])
-    from_tail = torch.stack(weights_on_tail, dim=1).flatten(0, 1) @ tail_values
-    out = torch.stack(from_context, dim=1).flatten(0, 1) + from_tail  # [B * H, G * t, D]
+        on_context = head_queries @ head_keys.to(accumulate).T
+        weights = torch.cat([on_context, head_on_tail], dim=-1).softmax(-1)
+        from_context.append(weights[:, :length] @ head_values.to(accumulate))
+        weights_on_tail.append(weights[:, length:])
+    from_tail = torch.bmm(_by_row(torch.stack(weights_on_tail), batch), tail_values)
+    out = _by_row(torch.stack(from_context), batch) + from_tail  # [B * H, G * t, D]
     return out.view(batch, query_heads, t, -1).to(query.dtype)
 
 
@@ -204,6 +204,19 @@ def compact(keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]
     return keys.index_select(0, index), values.index_select(0, index)
 
 
+def _by_head(tensor: Tensor, batch: int) -> Tensor:
+    """`[B * H, r, x]` -> `[H, B * r, x]`."""
+    rows, r, width = tensor.shape
+    return tensor.view(batch, -1, r, width).transpose(0, 1).reshape(rows // batch, -1, width)
+
+
+def _by_row(tensor: Tensor, batch: int) -> Tensor:
+    """`[H, B * r, x]` -> `[B * H, r, x]`."""
+    heads, rows, width = tensor.shape
+    by_row = tensor.view(heads, batch, -1, width).transpose(0, 1)
+    return by_row.reshape(batch * heads, rows // batch, width)
+
+
 def _hidden_in_tail(t: int, s: int, starts: Tensor | None, device: torch.device) -> Tensor | None:
     """`[B or 1, 1, t, s]`, bool: tail columns that each query must not see, or None."""
     if t == 1 and starts is None:
@@ -213,6 +226,7 @@ def _hidden_in_tail(t: int, s: int, starts: Tensor | None, device: torch.device)
     hidden = (columns > own)[None, None]  # [1, 1, t, s]
     if starts is None:
         return hidden
+    starts = starts.to(device)
     return hidden | ((columns < starts[:, None, None, None]) & (columns != own))
 
 

@@ -19,6 +19,9 @@ from kvzip.prompts import Prompts
 CHUNK_SIZE = 2000
 """Tokens that one request asks the model to repeat (the paper's m)."""
 
+SHORTEST_CHUNK = 256
+"""Where the positions left allow no chunks of this size, scores would be slow and poor."""
+
 
 @torch.no_grad()
 def score(
@@ -48,17 +51,18 @@ def score(
     Raises:
         KVzipError: if pairs are evicted already, or the context leaves no room for a repeat.
     """
-    if not (kv.retained or kv.kept.all()):
+    if not kv.held.all():
         raise KVzipError("an evicted cache cannot be scored again: prefill the context anew")
     if chunk_size < 1:
         raise KVzipError(f"score_chunk is {chunk_size}: repeat at least one token at a time")
     p, n = kv.document.prefix_length, kv.document.context_length
     context = kv.document.token_ids[p:]
     room = max_positions - p - n - len(prompts.repeat_ids(context, context[:0]))
-    if room < 1:
+    enough = min(chunk_size, n, SHORTEST_CHUNK)
+    if room < enough:
         raise KVzipError(
-            f"the context takes {p + n} of the model's {max_positions} positions, which leaves "
-            "none to repeat it in: shorten it"
+            f"the context takes {p + n} of the model's {max_positions} positions, which leaves too "
+            f"few to repeat it in: shorten it by {enough - room} tokens"
         )
     scores: list[Tensor] = []
     start, before = p, None
@@ -99,7 +103,7 @@ class RepeatingLayer(ContextLayer):
     """`[H, m]`, there after the forward pass."""
 
     def __init__(self, layer: ContextLayer, prefix_length: int, chunk: slice) -> None:
-        super().__init__(layer.seen, layer.dense or layer.context, Tail())
+        super().__init__(layer.seen, layer.held, Tail())
         self.prefix_length = prefix_length
         self.chunk = chunk
 
