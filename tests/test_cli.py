@@ -179,7 +179,7 @@ def test_zip_reads_standard_input(kvzip, standard_input, document, model, tmp_pa
     standard_input(DOCUMENT)
     status, out, _ = kvzip("zip", "-", "-m", model, "-o", tmp_path / "piped.kvz")
     assert status == 0
-    assert "piped.kvz" in out.replace("\n", "")  # a long folder may be folded
+    assert "piped.kvz" in out
     assert kvzip("zip", document, "-m", model)[0] == 0
     piped, read = (
         json.loads(kvzip("inspect", tmp_path / name, "--json")[1])

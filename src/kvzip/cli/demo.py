@@ -216,7 +216,7 @@ def _show(model: "ModelKVzip", ratio: float, shown: Demonstration, map_lines: in
         "per token": f"{per_token} to decode",
         "answers": _verdict(shown.answers),
     }
-    console.print(facts(rows))
+    console.print(facts(rows), soft_wrap=True)
 
 
 def answer_table(answers: Sequence[Answer]) -> Table:

@@ -57,7 +57,7 @@ def inspect(file: KvzFile, as_json: Json = False) -> None:
         "scorer": header.scorer or "none",
     }
     console = Console(highlight=False)
-    console.print(facts(rows))
+    console.print(facts(rows), soft_wrap=True)
     full = [i for i, window in enumerate(header.windows) if window is None]
     console.print()
     console.print(head_map(kept.tolist(), full, console))

@@ -99,7 +99,7 @@ def zip_file(
         "kept": f"{kv.realised_ratio:.2%} of the document's pairs",
         "time": durations(seconds),
     }
-    Console(highlight=False).print(facts(rows))
+    Console(highlight=False).print(facts(rows), soft_wrap=True)
 
 
 def _output(file: Path, output: Path | None) -> Path:
