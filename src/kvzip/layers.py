@@ -197,10 +197,6 @@ class AnsweringLayer(Layer):
         """Store new pairs in the tail."""
         self.tail.append(keys, values)
 
-    def reset(self) -> None:
-        """Forget the tail."""
-        self.tail.truncate(0)
-
     def get_seq_length(self) -> int:
         """Positions seen: prefix, context and tail."""
         return self.seen + self.tail.length

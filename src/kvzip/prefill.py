@@ -42,7 +42,7 @@ def prefill(
         progress: called with `("prefill", done, total)` after each chunk.
     """
     total = len(token_ids)
-    cache = PrefillCache([_reading_layer(layer, total) for layer in geometry.layers])
+    cache = PrefillCache([_reading_layer(layer, total, retain) for layer in geometry.layers])
     done = 0
     for chunk in token_ids.split(chunk_size):
         model.base_model(
@@ -50,12 +50,14 @@ def prefill(
         )
         done += len(chunk)
         progress("prefill", done, total)
-    return cache.finish(retain)
+    return cache.finish()
 
 
-def _reading_layer(geometry: LayerGeometry, total: int) -> "FullReadingLayer | SlidingReadingLayer":
+def _reading_layer(
+    geometry: LayerGeometry, total: int, retain: bool
+) -> "FullReadingLayer | SlidingReadingLayer":
     if geometry.window is None:
-        return FullReadingLayer(total)
+        return FullReadingLayer(total, retain)
     return SlidingReadingLayer(geometry.window)
 
 
@@ -64,11 +66,13 @@ class FullReadingLayer(Layer):
 
     Args:
         total: tokens that will be read.
+        retain: whether the pairs stay when the context is pruned.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, retain: bool) -> None:
         super().__init__()
         self.total = total
+        self.retain = retain
         self.length = 0
         self.buffers: tuple[Tensor, Tensor] | None = None
 
@@ -91,11 +95,11 @@ class FullReadingLayer(Layer):
         """Positions read so far."""
         return self.length
 
-    def finish(self, retain: bool) -> ContextLayer:
+    def finish(self) -> ContextLayer:
         """Turn into a layer that answers; the pairs are handed over, not copied."""
         assert self.buffers is not None
         dense = Pairs.dense(*self.buffers)
-        return ContextLayer(self.length, dense, Tail(), dense if retain else None)
+        return ContextLayer(self.length, dense, Tail(), dense if self.retain else None)
 
     def _buffer(self, new: Tensor) -> Tensor:
         return new.new_empty((new.shape[1], self.total, new.shape[3]))
@@ -148,7 +152,7 @@ class SlidingReadingLayer(Layer):
         """Positions read so far."""
         return self.length
 
-    def finish(self, retain: bool) -> SlidingLayer:
+    def finish(self) -> SlidingLayer:
         """Turn into a layer that answers, with the last window of the context."""
         keys, values = (part[0].clone() for part in self._last_window())
         return SlidingLayer(self.length, keys, values, self.window, Tail())
@@ -166,6 +170,6 @@ class PrefillCache(Cache):
     def __init__(self, layers: Sequence[FullReadingLayer | SlidingReadingLayer]) -> None:
         super().__init__(layers=list(layers))
 
-    def finish(self, retain: bool) -> list[AnsweringLayer]:
+    def finish(self) -> list[AnsweringLayer]:
         """The same pairs as layers that answer."""
-        return [layer.finish(retain) for layer in self.layers]
+        return [layer.finish() for layer in self.layers]
