@@ -25,7 +25,7 @@ from kvzip.benchmarks.records import Record, Result, Subject, compare
 from kvzip.benchmarks.report import print_targets
 from kvzip.benchmarks.targets import TARGETS
 from kvzip.benchmarks.timing import Contender, Spread, cold
-from kvzip.benchmarks.workbench import Plan, Workbench
+from kvzip.benchmarks.workbench import LONGEST_CONTEXT, Plan, Workbench
 from kvzip.cli import main
 from kvzip.kernels import reference
 
@@ -57,6 +57,12 @@ def test_every_section_measures(section: str) -> None:
         assert record.unit != "error", record.note
         assert record.median is not None, record.note
         assert record.outputs_error is None or record.outputs_error < 1e-5
+
+
+@pytest.mark.parametrize("contexts", [None, (96,)])
+def test_random_models_read_the_longest_context(contexts: tuple[int, ...] | None) -> None:
+    bench = suite.make_workbench(replace(TINY, contexts=contexts))
+    assert bench.hf_model("tiny").config.max_position_embeddings >= LONGEST_CONTEXT
 
 
 def test_contenders_stand_beside_each_other() -> None:

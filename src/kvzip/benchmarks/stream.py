@@ -5,12 +5,14 @@ and scoring in two passes with reach `"chunk"`, and (at the context that all sec
 published prefill and scoring. Contexts whose full cache does not fit are only streamed.
 
 The error of outputs is the distance between the last layer's keys of a short context read in chunks
-with everything kept and read whole, over the norm of the latter.
+with everything kept and read whole, over the norm of the latter. It may be twice that of plain
+prefill in the same chunks: how far rounding alone carries two exact ways of reading apart.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from typing import Any
 from unittest import mock
 
@@ -38,7 +40,9 @@ PER_TOKEN = "seconds a token"
 CONTEXTS = (MODEL_CONTEXT, 2 * MODEL_CONTEXT)
 CHECKED = 8192
 """Tokens of the context that outputs are compared on, and that warms everything up."""
-TOLERANCE = 0.05
+CHECKED_CHUNKS = 4
+LENIENCE = 2.0
+"""Error over that of plain prefill in the same chunks."""
 
 
 def cases(bench: Workbench) -> Iterator[Case]:
@@ -58,7 +62,8 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
     assert subject.ratio is not None
     model = bench.model(subject.geometry)
     ids = bench.tokens(subject.context)
-    error = _error(model, ids[: min(CHECKED, subject.context)])
+    error, noise = _errors(model, ids[: min(CHECKED, subject.context)])
+    tolerance = LENIENCE * max(noise, torch.finfo(bench.dtype).eps)
     settle(bench.device)
 
     held: list[int] = []
@@ -75,7 +80,7 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
     dense = int(kv.nbytes / _share_held(kv))
     del kv
     settle(bench.device)
-    streamed = Result(STREAMED, Spread.of([seconds], "once"), error, TOLERANCE)
+    streamed = Result(STREAMED, Spread.of([seconds], "once"), error, tolerance)
     yield single(subject, f"{STREAMED}, {PER_TOKEN}", seconds / subject.context, "s")
     peaks = {CACHE_PEAK: max(held), **({PEAK: peak} if bench.on_gpu else {})}
     for what, peak_bytes in peaks.items():
@@ -92,7 +97,7 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
     kv = model.read(ids)
     plain = Result(PLAIN, Spread.of([watch.lap()], "once"))
     model.score(kv, reach="chunk")
-    scored = Result(SCORED, Spread.of([watch.lap()], "once"), error, TOLERANCE)
+    scored = Result(SCORED, Spread.of([watch.lap()], "once"), error, tolerance)
     prefix, token_ids = kv.document.prefix_length, kv.document.token_ids
     del kv
     settle(bench.device)
@@ -108,12 +113,23 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
     yield from compare(replace(subject, case=TOTAL), total)
 
 
-def _error(model: ModelKVzip, ids: Tensor) -> float:
-    """How far pairs that are read in chunks, all kept, are from those that are read whole."""
-    whole = model.read(ids).layers[-1].context.dense_keys().float()
-    parts = model.prefill(ids, ratio=1.0, streaming=True, chunk_size=max(1, len(ids) // 4))
-    keys = parts.layers[-1].context.dense_keys().float()
-    return float((keys - whole).norm() / whole.norm())
+def _errors(model: ModelKVzip, ids: Tensor) -> tuple[float, float]:
+    """How far pairs that are read in chunks, all kept, are from those that are read whole.
+
+    Returns:
+        The error while streaming, and that of plain prefill.
+    """
+    chunk = ceil(len(ids) / CHECKED_CHUNKS)
+    whole = _last_keys(model.read(ids, chunk_size=len(ids)))
+    streamed = model.prefill(ids, ratio=1.0, streaming=True, chunk_size=chunk)
+    plain = model.read(ids, chunk_size=chunk)
+    norm = whole.norm()
+    error, noise = (float((_last_keys(kv) - whole).norm() / norm) for kv in (streamed, plain))
+    return error, noise
+
+
+def _last_keys(kv: ContextCache) -> Tensor:
+    return kv.layers[-1].context.dense_keys().float()
 
 
 def _share_held(kv: ContextCache) -> float:

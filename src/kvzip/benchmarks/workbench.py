@@ -112,7 +112,7 @@ class Workbench:
 
     def hf_model(self, geometry: str) -> PreTrainedModel:
         """A random model that can read the longest context; the last one is kept."""
-        positions = max(*(self.plan.contexts or ()), LONGEST_CONTEXT) + geometries.ROOM
+        positions = max((*(self.plan.contexts or ()), LONGEST_CONTEXT)) + geometries.ROOM
         return _random_model(geometry, positions, self.device, self.dtype)
 
     def model(self, geometry: str, *, backend: str = "auto", compile: bool = False) -> ModelKVzip:
