@@ -18,9 +18,11 @@ from kvzip.benchmarks import (
     compact,
     decode_step,
     geometries,
+    growth,
     read_context,
     reconstruction_score,
     shared_batch,
+    stream,
     zipped_attention,
 )
 from kvzip.benchmarks.records import OURS, Record, Subject
@@ -59,6 +61,9 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
         compaction(records),
         reading(records),
         memory(records),
+        streaming(records),
+        growing(records),
+        grown(records),
     )
     yield from filter(None, made)
 
@@ -299,6 +304,80 @@ def memory(records: Sequence[Record]) -> str:
                     value += f", {record.ratio_to:.1%} of {record.compared_with}"
                 rows.append([record.contender, value])
     return _table("128k context, taken once |", rows)
+
+
+def streaming(records: Sequence[Record]) -> str:
+    by_context: dict[int | None, dict[str, Record]] = {}
+    for subject, by in _subjects(records, stream.NAME):
+        cases = {f"{subject.case}: {name}": record for name, record in by.items()}
+        by_context.setdefault(subject.context, {}).update(cases)
+    rows = []
+    for context, by in by_context.items():
+        plain, streamed, scored = (
+            by.get(name)
+            for name in (
+                f"{stream.TOTAL}: {stream.PLAIN}",
+                f"{stream.TOTAL}: {stream.STREAMED}",
+                f"{stream.SCORING}: {stream.SCORED}",
+            )
+        )
+        published = by.get(f"{stream.TOTAL}: {read_context.PUBLISHED}")
+        peak = by[f": {stream.STREAMED}, {stream.CACHE_PEAK}"]
+        assert plain is not None
+        assert streamed is not None
+        assert scored is not None
+        rows.append(
+            [
+                f"{context:,}",
+                f"{_seconds(plain):.1f}",
+                f"{_seconds(scored):.2f} ({_seconds(scored) / _seconds(plain):.2f})",
+                f"{_seconds(streamed):.1f} ({_seconds(streamed) / _seconds(plain):.2f})",
+                f"{_seconds(published):.1f} ({_seconds(streamed) / _seconds(published):.2f})"
+                if published
+                else "",
+                f"{figure(peak.median, 'B')} ({peak.ratio_to:.2f})",
+                _error(streamed),
+            ]
+        )
+    return _table(
+        "context | plain prefill, s | scoring, reach chunk, s (over plain) | "
+        "streaming, s (over plain) | published, s (streaming over it) | "
+        "largest cache (over the full one) | error",
+        rows,
+    )
+
+
+def growing(records: Sequence[Record]) -> str:
+    rows = []
+    for subject, by in _subjects(records, growth.NAME):
+        if subject.case == growth.CASE:
+            plain, ours = by.get(stream.PLAIN), by[stream.STREAMED]
+            rows.append(
+                [
+                    f"{subject.context:,}",
+                    _micro(_seconds(plain)) if plain else "",
+                    _micro(_seconds(ours)),
+                    f"{_seconds(ours) / _seconds(plain):.2f}" if plain else "",
+                    f"{_seconds(ours) * (subject.context or 0):.1f}",
+                ]
+            )
+    return _table(
+        "first tokens | plain prefill, µs a token | streaming, µs a token | over plain | "
+        "streaming, s in all",
+        rows,
+    )
+
+
+def grown(records: Sequence[Record]) -> str:
+    rows = []
+    for subject, by in _subjects(records, growth.NAME):
+        for record in by.values():
+            if subject.case != growth.CASE:
+                value = figure(record.median, record.unit)
+                if record.ratio_to is not None:
+                    value += f", {record.ratio_to:.1%} of {record.compared_with}"
+                rows.append([f"{subject.context:,} tokens: {record.contender}", value])
+    return _table("taken once |", rows)
 
 
 def _subjects(records: Iterable[Record], benchmark: str) -> Iterator[tuple[Subject, Figures]]:

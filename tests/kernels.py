@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvzip.kernels.logits import Logits
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 MARKS = [pytest.mark.gpu] if ON_GPU else []  # `pytestmark` of files that run Triton kernels
@@ -64,10 +66,40 @@ def by_token(tensor: Tensor) -> Tensor:
     return tensor.transpose(-2, -3).contiguous().transpose(-2, -3)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """One head in float64: `[t, D]`, `[s, D]`, `[s, D]`, bool `[t, s]` -> `[t, D]`."""
-    logits = query.double() @ keys.double().T * scale
-    return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values.double()
+def probabilities(products: Tensor, visible: Tensor, logits: Logits, head: int) -> Tensor:
+    """Of one query head, in float64: `[t, s]`, bool `[t, s]` -> `[t, s]`."""
+    found = products.double() * logits.scale
+    if logits.softcap is not None:
+        found = torch.tanh(found / logits.softcap) * logits.softcap
+    found = found.masked_fill(~visible, -torch.inf)
+    if logits.sinks is None:
+        return found.softmax(-1)
+    column = torch.full_like(found[:, :1], float(logits.sinks[head]))
+    return torch.cat([column, found], dim=-1).softmax(-1)[:, 1:]
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, logits: Logits, head: int = 0
+) -> Tensor:
+    """One query head in float64: `[t, D]`, `[s, D]`, `[s, D]`, bool `[t, s]` -> `[t, D]`."""
+    products = query.double() @ keys.double().T
+    return probabilities(products, visible, logits, head) @ values.double()
+
+
+def some_logits(
+    scale: float, query_heads: int, softcap: float | None = None, sinks: bool = False
+) -> Logits:
+    """Sinks between -2 and 3, where they are asked for."""
+    heads = torch.linspace(-2, 3, query_heads, device=DEVICE)
+    return Logits(scale, softcap, heads if sinks else None)
+
+
+LOGITS = {
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "softcap-and-sinks": {"softcap": 0.7, "sinks": True},
+}
+"""What a model may do to logits; the caps are near those of the random inputs."""
 
 
 def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype, bound: float = 0) -> None:
@@ -134,6 +166,8 @@ class Zipped:
         spare: int = 2,
         spare_rows: int = 0,
         on_device: bool = False,
+        softcap: float | None = None,
+        sinks: bool = False,
         seed: int = 0,
     ) -> None:
         def make(*shape: int) -> Tensor:
@@ -152,7 +186,7 @@ class Zipped:
         self.starts = None if starts is None else torch.tensor(starts, device=DEVICE)
         self.window = window
         self.on_device = on_device
-        self.scale = dim**-0.5
+        self.logits = some_logits(dim**-0.5, heads * group, softcap, sinks)
         self.s = s
 
     def run(self, attention: Callable[..., Tensor]) -> Tensor:
@@ -164,7 +198,7 @@ class Zipped:
             self.indptr,
             self.tail_keys[:, :, tail],
             self.tail_values[:, :, tail],
-            self.scale,
+            self.logits,
             tail_length=torch.tensor([self.s], device=DEVICE) if self.on_device else None,
             starts=self.starts,
             window=self.window,
@@ -200,7 +234,8 @@ class Zipped:
                 values = torch.cat([self.values[rows], self.tail_values[b, h, : self.s]])
                 visible = self.visible(length, start)
                 for head in range(h * group, (h + 1) * group):
-                    out[b, head] = attend(self.query[b, head], keys, values, visible, self.scale)
+                    one = self.query[b, head]
+                    out[b, head] = attend(one, keys, values, visible, self.logits, head)
         return out
 
     def check(self, attention: Callable[..., Tensor]) -> Tensor:
@@ -222,11 +257,14 @@ class Chunk:
         group: int = 2,
         dim: int = 32,
         dtype: torch.dtype = FLOAT32,
+        softcap: float | None = None,
+        sinks: bool = False,
     ) -> None:
         self.query = by_token(random(batch, heads * group, t, dim, seed=1, dtype=dtype))
         parts = (random(batch, heads, s + t, dim, seed=i, dtype=dtype) for i in (2, 3))
         self.keys, self.values = (with_spare(part, 2, 9) for part in parts)
-        self.s, self.scale = s, 0.7 * dim**-0.5
+        self.s = s
+        self.logits = some_logits(0.7 * dim**-0.5, heads * group, softcap, sinks)
 
     def run(self, attention: Callable[..., Tensor]) -> Tensor:
         own = slice(self.s, self.s + self.query.shape[2])
@@ -236,7 +274,7 @@ class Chunk:
             self.values[:, :, : self.s],
             self.keys[:, :, own],
             self.values[:, :, own],
-            self.scale,
+            self.logits,
         )
 
     def expected(self) -> Tensor:
@@ -251,11 +289,32 @@ class Chunk:
                     self.keys[b, head // group, :end],
                     self.values[b, head // group, :end],
                 )
-                out[b, head] = attend(self.query[b, head], keys, values, visible, self.scale)
+                one = self.query[b, head]
+                out[b, head] = attend(one, keys, values, visible, self.logits, head)
         return out
 
     def check(self, attention: Callable[..., Tensor]) -> None:
         assert_near(self.run(attention), self.expected(), self.query.dtype)
+
+
+class Dense:
+    """A dense kernel (`kernels.dense.Attend`) in float64 that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, bool]] = []
+
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        self.asked.append((keys.shape[2], causal))
+        group = query.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(group, dim=1).double() for part in (keys, values))
+        logits = query.double() @ keys.mT * scale
+        if causal:
+            hidden = torch.ones(logits.shape[-2:], device=DEVICE).triu(1).bool()
+            logits = logits.masked_fill(hidden, -torch.inf)
+        out = (logits.softmax(-1) @ values).to(query.dtype)
+        return out, logits.logsumexp(-1).float()
 
 
 class Repeating:
@@ -280,6 +339,8 @@ class Repeating:
         heads: int = 2,
         before: int = 3,
         sharpness: float = 2.0,
+        softcap: float | None = None,
+        sinks: bool = False,
     ) -> None:
         self.query = by_token(random(heads * group, t, dim, seed=1, dtype=dtype) * sharpness)
         gap = random(heads, before, dim).to(dtype) * torch.nan
@@ -290,10 +351,10 @@ class Repeating:
         context = torch.cat([prefix, gap, chunk, gap], dim=1)
         self.prefix, self.chunk = context[:, :p], context[:, p + before : p + before + m]
         self.repeat = with_spare(repeat, 1, 4)[:, :t]
-        self.scale = dim**-0.5
+        self.logits = some_logits(dim**-0.5, heads * group, softcap, sinks)
 
     def run(self, score: Callable[..., Tensor]) -> Tensor:
-        return score(self.query, self.prefix, self.chunk, self.repeat, self.scale)
+        return score(self.query, self.prefix, self.chunk, self.repeat, self.logits)
 
     def expected(self) -> Tensor:
         heads, p, _ = self.prefix.shape
@@ -303,8 +364,8 @@ class Repeating:
         hidden = torch.ones(t, p + m + t, device=DEVICE).triu(p + m + 1).bool()
         for head in range(len(self.query)):
             h = head * heads // len(self.query)
-            logits = self.query[head].double() @ keys[h].T * self.scale
-            weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+            products = self.query[head].double() @ keys[h].T
+            weights = probabilities(products, ~hidden, self.logits, head)
             best[h] = torch.maximum(best[h], weights[:, p : p + m].amax(0))
         return best
 

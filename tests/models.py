@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from kvzip import ContextCache, ModelKVzip
+from kvzip.layers import AnsweringLayer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -150,7 +151,14 @@ def snapshot(kv: ContextCache) -> dict[str, Any]:
         "context": [t.clone() for layer in kv.layers for t in layer.context_tensors()],
         "kept": [kv.kept],
         "tail": [
-            part.clone() for layer in kv.layers if kv.tail_length for part in layer.tail.view()
+            part.clone()
+            for layer in kv.layers
+            if kv.tail_length
+            for part in (
+                layer.tail.view()
+                if isinstance(layer, AnsweringLayer)
+                else layer.state.tensors().values()
+            )
         ],
         "tokens": [kv.token_ids, kv.history],
         "numbers": (kv.tail_length, kv.seen_tokens, kv.nbytes, kv.ratio, kv.realised_ratio),

@@ -10,6 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import quantized_tables  # noqa: E402
 import streaming_tables  # noqa: E402
 import tables  # noqa: E402
 
@@ -54,6 +55,15 @@ def test_the_readme_quotes_the_streaming_results() -> None:
     documents = streaming_tables.read(BENCHMARKS / "results" / "streaming_quality_cpu.jsonl")
     printed = [*streaming_tables.tables(documents)]
     assert len(printed) == 2
+    for table in printed:
+        assert table in text
+
+
+def test_the_readme_quotes_the_quantised_results() -> None:
+    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    documents = streaming_tables.read(BENCHMARKS / "results" / "quantized_quality_cpu.jsonl")
+    printed = [*quantized_tables.tables(documents)]
+    assert len(printed) == 4
     for table in printed:
         assert table in text
 

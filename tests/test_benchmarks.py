@@ -28,6 +28,7 @@ from kvzip.benchmarks.timing import Contender, Spread, cold
 from kvzip.benchmarks.workbench import LONGEST_CONTEXT, Plan, Workbench
 from kvzip.cli import main
 from kvzip.kernels import reference
+from kvzip.kernels.logits import Logits
 
 TINY = Plan(geometries=("tiny",), contexts=(96,), ratios=(0.5,))
 SUBJECT = Subject("section", "tiny")
@@ -153,8 +154,9 @@ def test_the_published_scores_are_those_of_the_definition() -> None:
     query, prefix, chunk, repeat = (
         torch.randn(heads, length, 16) for heads, length in ((6, 9), (2, 3), (2, 5), (2, 9))
     )
-    expected = reference.reconstruction_score(query, prefix, chunk, repeat, 0.3)
-    got = published.materialised_score(query, prefix, chunk, repeat, 0.3)
+    logits = Logits(0.3)
+    expected = reference.reconstruction_score(query, prefix, chunk, repeat, logits)
+    got = published.materialised_score(query, prefix, chunk, repeat, logits)
     torch.testing.assert_close(got, expected)
 
 

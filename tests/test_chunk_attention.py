@@ -11,6 +11,7 @@ from kernels import (
     FLOAT16,
     FLOAT32,
     GROUPS,
+    LOGITS,
     MARKS,
     Chunk,
     assert_near,
@@ -18,7 +19,7 @@ from kernels import (
     by_token,
     random,
 )
-from kvzip.kernels import chunk_attention, reference
+from kvzip.kernels import chunk_attention, dense, reference
 
 pytestmark = MARKS
 HALF = [FLOAT16, BFLOAT16]
@@ -36,7 +37,7 @@ class TestBlend:
                 buffer[:, :, columns].repeat_interleave(2, dim=1).double()
                 for buffer in (case.keys, case.values)
             )
-            logits = case.query.double() @ keys.mT * case.scale
+            logits = case.query.double() @ keys.mT * case.logits.scale
             parts += [(logits.softmax(-1) @ values).to(dtype), torch.logsumexp(logits, -1).float()]
         return parts
 
@@ -51,7 +52,7 @@ class TestBlend:
                     [
                         attend(
                             query, case.keys[b, h // 2, :end], case.values[b, h // 2, :end],
-                            visible, case.scale,
+                            visible, case.logits,
                         )
                         for h, query in enumerate(row)
                     ]
@@ -60,7 +61,7 @@ class TestBlend:
             ]
         )  # fmt: skip
         kept = other.clone()
-        got, lse = chunk_attention.blend(one, one_lse, other, other_lse)
+        got, lse = dense.blend(one, one_lse, other, other_lse)
         assert got is one
         assert torch.equal(other, kept)
         torch.testing.assert_close(lse, torch.logaddexp(one_lse, other_lse))
@@ -87,11 +88,11 @@ class TestBlend:
     def test_log_sum_exps_with_gaps(self):
         """Log-sum-exps need not be contiguous."""
         one, one_lse, other, other_lse = self.parts(Chunk(33, 9, batch=3), FLOAT32)
-        expected, _ = chunk_attention.blend(one.clone(), one_lse, other, other_lse)
+        expected, _ = dense.blend(one.clone(), one_lse, other, other_lse)
         one_lse, other_lse = (
             lse.transpose(1, 2).contiguous().transpose(1, 2) for lse in (one_lse, other_lse)
         )
-        assert torch.equal(chunk_attention.blend(one, one_lse, other, other_lse)[0], expected)
+        assert torch.equal(dense.blend(one, one_lse, other, other_lse)[0], expected)
 
     @pytest.mark.parametrize("gap", [-400.0, 0.0, 400.0])
     def test_far_apart(self, gap):
@@ -99,14 +100,14 @@ class TestBlend:
         one, other = random(1, 2, 9, 32, seed=1), random(1, 2, 9, 32, seed=2)
         lse = random(1, 2, 9)
         expected = {-400.0: one.clone(), 0.0: (one + other) / 2, 400.0: other}[gap]
-        got, _ = chunk_attention.blend(one, lse, other, lse + gap)
+        got, _ = dense.blend(one, lse, other, lse + gap)
         torch.testing.assert_close(got, expected)
 
     def test_nothing_seen(self):
         """What saw nothing has no share, whatever it holds."""
         one, lse = random(1, 2, 9, 32), random(1, 2, 9)
         nothing = torch.full_like(lse, -torch.inf)
-        got, both = chunk_attention.blend(one.clone(), lse, random(1, 2, 9, 32, seed=1), nothing)
+        got, both = dense.blend(one.clone(), lse, random(1, 2, 9, 32, seed=1), nothing)
         assert torch.equal(got, one)
         torch.testing.assert_close(both, lse)
 
@@ -125,8 +126,9 @@ def test_falls_back_to_the_reference(monkeypatch, t, s, group):
     )
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("s", [0, 40])
-def test_blends_what_the_fastest_kernel_gives(monkeypatch, s):
+def test_blends_what_the_fastest_kernel_gives(monkeypatch, s, sinks):
     """The chunk is attended to causally, the context in full, and an empty one not at all."""
     asked = []
 
@@ -141,8 +143,16 @@ def test_blends_what_the_fastest_kernel_gives(monkeypatch, s):
         return out, logits.logsumexp(-1).float()
 
     monkeypatch.setattr(chunk_attention, "fastest", lambda *args: attend_somehow)
-    Chunk(33, s, batch=2).check(chunk_attention.chunk_attention)
+    Chunk(33, s, batch=2, sinks=sinks).check(chunk_attention.chunk_attention)
     assert asked == ([(33, True), (40, False)] if s else [(33, True)])
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("t", "s"), [(1, 0), (5, 64), (130, 33)])
+def test_capped_logits_are_left_to_the_kernel_for_packed_pairs(monkeypatch, t, s, sinks):
+    monkeypatch.setattr(chunk_attention, "fastest", lambda *args: 1 / 0)
+    case = Chunk(t, s, batch=2, group=3, softcap=0.7, sinks=sinks)
+    case.check(chunk_attention.chunk_attention)
 
 
 @pytest.mark.gpu
@@ -155,8 +165,8 @@ class TestOnAGPU:
 
         def choose(dtype: torch.dtype, dim: int):
             if request.param != "fastest":
-                chosen = getattr(chunk_attention, request.param)
-                if chunk_attention._works(chosen, torch.device("cuda"), dtype, dim):
+                chosen = getattr(dense, request.param)
+                if dense._works(chosen, torch.device("cuda"), dtype, dim):
                     monkeypatch.setattr(chunk_attention, "fastest", lambda *args: chosen)
             return chunk_attention.chunk_attention
 
@@ -176,13 +186,19 @@ class TestOnAGPU:
         case.check(kernel(dtype, 128))
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
+    @pytest.mark.parametrize("how", LOGITS.values(), ids=LOGITS)
+    def test_capped_logits_and_sinks(self, kernel, how, dtype):
+        case = Chunk(130, 1000, group=4, dim=128, dtype=dtype, **how)
+        case.check(kernel(dtype, 128))
+
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
     @pytest.mark.parametrize("dim", [64, 128])
     def test_half_precision_has_a_fast_kernel(self, dim, dtype):
-        assert chunk_attention.fastest(torch.device("cuda"), dtype, dim) is not None
+        assert dense.fastest(torch.device("cuda"), dtype, dim) is not None
 
     @pytest.mark.parametrize("dim", [32, 80, 128, 256])
     def test_float32_is_left_to_the_reference(self, dim):
-        assert chunk_attention.fastest(torch.device("cuda"), FLOAT32, dim) is None
+        assert dense.fastest(torch.device("cuda"), FLOAT32, dim) is None
         Chunk(37, 70, dim=dim).check(chunk_attention.chunk_attention)
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -202,9 +218,9 @@ class TestOnAGPU:
             raise RuntimeError("no such kernel")
 
         def forgets_the_scale(query, keys, values, scale, causal):
-            return chunk_attention._flash(query, keys, values, 1.0, causal)
+            return dense._flash(query, keys, values, 1.0, causal)
 
         device = torch.device("cuda")
-        assert chunk_attention._works(chunk_attention._flash, device, FLOAT16, 64)
-        assert not chunk_attention._works(raises, device, FLOAT16, 64)
-        assert not chunk_attention._works(forgets_the_scale, device, FLOAT16, 64)
+        assert dense._works(dense._flash, device, FLOAT16, 64)
+        assert not dense._works(raises, device, FLOAT16, 64)
+        assert not dense._works(forgets_the_scale, device, FLOAT16, 64)

@@ -357,6 +357,134 @@ def test_out_of_memory_is_one_line(kvzip, document, model, monkeypatch):
     assert err.startswith("kvzip: out of memory")
 
 
+# zip: budgets
+
+
+def heads_kept(path: Path) -> Any:
+    """`[L, H, n]`, bool: context pairs that a file holds."""
+    import torch
+    from safetensors.torch import load_file
+
+    from kvzip.storage import read_header
+
+    header, tensors = read_header(path), load_file(path)
+    kept = torch.zeros(LAYERS, HEADS, header.prefix_length + header.context_tokens).bool()
+    for layer in range(LAYERS):
+        rows = tensors[f"layers.{layer}.positions"].long()
+        lengths = tensors[f"layers.{layer}.indptr"].diff().tolist()
+        for head, positions in enumerate(rows.split(lengths)):
+            kept[layer, head, positions] = True
+    return kept[..., header.prefix_length :]
+
+
+def test_zip_to_bytes(kvzip, document, model):
+    status, out, err = kvzip("zip", document, "-m", model, "--bytes", "200kB", "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    row = 2 * HEAD_DIM * 4
+    assert report["budget"] == {"bytes": 200_000}
+    assert report["kv_bytes_zipped"] <= 200_000 < report["kv_bytes_zipped"] + row
+    assert report["ratio_requested"] == report["ratio_realised"] < 0.7
+
+
+def test_zip_to_tokens(kvzip, document, model):
+    report = json.loads(kvzip("zip", document, "-m", model, "--tokens", 20, "--json")[1])
+    assert report["budget"] == {"tokens": 20}
+    assert heads_kept(document.with_suffix(".kvz")).sum() == 20 * LAYERS * HEADS
+
+
+def test_zip_to_a_threshold(kvzip, document, model):
+    from kvzip import ModelKVzip
+
+    kv = ModelKVzip(model).prefill(DOCUMENT)
+    threshold = float(f"{kv.scores.values.median():.6f}")
+    status, out, _ = kvzip("zip", document, "-m", model, "--threshold", threshold, "--json")
+    assert status == 0
+    assert json.loads(out)["budget"] == {"threshold": threshold}
+    assert (heads_kept(document.with_suffix(".kvz")) == (kv.scores.values >= threshold)).all()
+
+
+def test_zip_with_a_threshold_that_nothing_reaches(kvzip, document, model):
+    status, out, err = kvzip("zip", document, "-m", model, "--threshold", 3, "--json")
+    assert status == 0
+    assert err.startswith("kvzip: warning: no score reaches threshold 3.0")
+    assert err.count("\n") == 1
+    assert json.loads(out)["ratio_realised"] == 0
+    assert not heads_kept(document.with_suffix(".kvz")).any()
+    assert kvzip("ask", document.with_suffix(".kvz"), "Who?", "--max-new-tokens", 2)[0] == 0
+
+
+def test_zip_keeps_parts_of_the_document_and_some_of_every_head(kvzip, document, model):
+    from kvzip import ModelKVzip
+
+    keep = ["--keep-text", "red box", "--keep", "0:9", "--keep-text", "Chloé"]
+    arguments = ["zip", document, "-m", model, "-r", 0.5, *keep, "--min-per-head", 60, "--json"]
+    status, out, err = kvzip(*arguments)
+    assert (status, err) == (0, "")
+    spans = ModelKVzip(model).spans(DOCUMENT, [(0, 9), "red box", "Chloé"])
+    assert len(spans) == 13
+    report = json.loads(out)
+    assert report["budget"] == {"ratio": 0.5, "min_per_head": 60, "keep": [*map(list, spans)]}
+    assert report["ratio_requested"] == 0.5
+    kept = heads_kept(document.with_suffix(".kvz"))
+    assert kept.sum() == kept.numel() // 2
+    assert all(kept[..., start:end].all() for start, end in spans)
+    assert (kept.sum(-1) >= 60).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-r", "0.3", "--bytes", "1GB"], "got ratio and bytes"),
+        (["--tokens", "9", "--threshold", "0"], "got tokens and threshold"),
+        (["--tokens", "0"], "tokens is a number of pairs a head, above 0"),
+        (["--tokens", "nan"], "tokens is a number of pairs a head, above 0"),
+        (["--bytes", "plenty"], "such as 512MB"),
+        (["--bytes", "0"], "such as 512MB"),
+        (["--threshold", "nan"], "a finite number"),
+        (["--threshold", "0.1", "--level", "pair-uniform"], "choose level 'pair' or 'head'"),
+        (["--min-per-head", "-1"], "--min-per-head"),
+        (["--keep", "4"], "START:END"),
+        (["--keep", "-4:3"], "START:END"),
+        (["--keep", "9:4"], "characters 9 to 4"),
+        (["--keep", "0:100000"], f"which has {len(DOCUMENT)}"),
+        (["--keep-text", "Zoe"], "'Zoe' does not occur"),
+        (["--keep-text", ""], "'' does not occur"),
+        (["--streaming", "--tokens", "9"], "--tokens does not go with --streaming"),
+        (["--streaming", "--bytes", "1GB"], "--bytes does not go with --streaming"),
+        (["--streaming", "--keep-text", "Ada"], "--keep-text does not go with --streaming"),
+        (["--append", "x.kvz", "--keep", "0:4"], "--keep does not go with --append"),
+        (["--append", "x.kvz", "--min-per-head", "4"], "--min-per-head does not go with --append"),
+        (["--append", "x.kvz", "--threshold", "4"], "--threshold does not go with --append"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("no_model")
+def test_bad_budget(refused, document, arguments, said):
+    assert said in refused("zip", document, *arguments)
+    assert [*document.parent.iterdir()] == [document]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--bytes", "2kB"], "bytes is 2,000, but the prefix"),
+        (["--tokens", "5", "--min-per-head", "6"], "tokens 5.0 allows 5 pairs a head"),
+        (["--keep", f"0:{len(DOCUMENT)}"], "ratio 0.3 allows"),
+    ],
+    ids=" ".join,
+)
+def test_a_budget_that_the_document_does_not_fit(
+    refused, document, model, monkeypatch, arguments, said
+):
+    def score(*args, **kwargs):
+        raise AssertionError("it was scored")
+
+    monkeypatch.setattr("kvzip.model.ModelKVzip.score", score)
+    assert said in refused("zip", document, "-m", model, *arguments)
+    assert [*document.parent.iterdir()] == [document]
+
+
 # ask
 
 
@@ -535,7 +663,7 @@ def test_inspect_reports_what_the_file_holds(kvzip, zipped):
     assert report["file_bytes"] == zipped.stat().st_size
     assert report["ratio_requested"] == 0.4
     assert report["scorer"] == "reconstruction"
-    assert report["format_version"] == 1
+    assert report["format_version"] == 2
 
 
 def test_inspect_of_a_model_with_sliding_layers(kvzip, document, tmp_path):

@@ -16,7 +16,7 @@ import test_cli
 from kvzip import ModelKVzip
 from kvzip.cli import pieces, progress
 from kvzip.cli.pieces import Pieces
-from kvzip.cli.zip import Budget, Reach
+from kvzip.cli.zip import Reach, StreamingBudget
 from test_cli import DOCUMENT, HEAD_DIM, HEADS, LAYERS, save_model
 
 document, kvzip, model = test_cli.document, test_cli.kvzip, test_cli.model
@@ -73,7 +73,7 @@ def test_choices_are_those_of_the_library():
     from kvzip.scoring.reconstruction import REACHES
     from kvzip.streaming import BUDGETS
 
-    assert tuple(budget.value for budget in Budget) == BUDGETS
+    assert tuple(budget.value for budget in StreamingBudget) == BUDGETS
     assert tuple(reach.value for reach in Reach) == REACHES
 
 

@@ -447,7 +447,7 @@ def test_the_run_file_says_what_was_run(whole):
     assert {*record} == {
         *("model_id", "fingerprint", "tokenizer_hash", "dtype", "device", "seed", "tasks"),
         *("ratios", "level", "scorer", "num", "lengths", "data_dir", "shard", "versions"),
-        *("commit", "command", "started"),
+        *("commit", "command", "started", "quantization"),
     }
     assert {*record["versions"]} == {"kvzip", "torch", "transformers", "python"}
 

@@ -4,15 +4,20 @@ Kernels have tests of their own, and so have answers from recorded steps (`test_
 """
 
 import gc
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvzip import ModelKVzip
+from kvzip import Budget, ModelKVzip, checks
+from kvzip.cli.demo import bundled_document
+from kvzip.model_types import TESTED, ModelType
 from kvzip.selection import LEVELS, select
+from kvzip.weights import plain_weights
 from models import KINDS, QUESTIONS, TEXT, greedy, make_hf_model, make_model, make_tokenizer
+from tensor_parallel_worker import run_two_processes, work
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +55,12 @@ def test_answers_equal_those_of_stock_transformers(kind: str) -> None:
     assert torch.equal((kv.prune(1.0), answer())[1], expected)
 
 
+@pytest.mark.parametrize("model_type", TESTED, ids=attrgetter("id"))
+def test_types_of_models(model_type: ModelType) -> None:
+    passed = checks.check(model_type, "cuda").passed
+    assert all(passed.values()), passed
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_answers_like_single_questions(kind: str, dtype: torch.dtype) -> None:
@@ -76,17 +87,24 @@ def test_the_cpu_gives_the_same_scores_and_kept_pairs(kind: str) -> None:
     assert agree.float().mean() > 0.99
 
 
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(0.37), Budget(tokens=23.7, min_per_head=9, keep=[(2, 9)]), Budget(threshold=0.7)],
+    ids=str,
+)
 @pytest.mark.parametrize("level", LEVELS)
-def test_selection_is_the_same_on_every_device(level: str) -> None:
+def test_selection_is_the_same_on_every_device(level: str, budget: Budget) -> None:
+    if budget.threshold is not None and level == "pair-uniform":
+        pytest.skip("a threshold does not go with this level")
     generator = torch.Generator().manual_seed(0)
     for scores in (
         torch.rand(5, 3, 10007, generator=generator),
         torch.randint(0, 3, (4, 2, 999), generator=generator).float(),
         torch.zeros(3, 3, 65),
     ):
-        on_cpu = select(scores, 0.37, level)
-        assert torch.equal(select(scores.cuda(), 0.37, level).cpu(), on_cpu)
-        assert torch.equal(select(scores.cuda(), 0.37, level).cpu(), on_cpu)
+        on_cpu = select(scores, budget, level)
+        assert torch.equal(select(scores.cuda(), budget, level).cpu(), on_cpu)
+        assert torch.equal(select(scores.cuda(), budget, level).cpu(), on_cpu)
 
 
 def test_pruning_frees_device_memory_layer_by_layer() -> None:
@@ -163,3 +181,99 @@ def test_half_precision_logits_are_near_those_of_float32(kind: str, dtype: torch
     errors = [((part - logits[2]).norm() / logits[2].norm()).item() for part in logits[:2]]
     # the models are sharp, so that rounding shows; the backends must not differ in how much
     assert errors[0] <= 2 * errors[1] + 1e-3
+
+
+@pytest.mark.parametrize("quantization", ["int8", "w8a8", "fp8", "int4"])
+def test_quantised_weights_answer_on_a_gpu(quantization: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    document, questions = bundled_document()
+    asked = [question.text for question in questions]
+    model = ModelKVzip(quantization=quantization, dtype=torch.bfloat16)
+    kv = model.prefill(document, ratio=0.3)
+    right = sum(
+        answer == question.answer
+        for answer, question in zip(model.ask(kv, asked, max_new_tokens=64), questions, strict=True)
+    )
+    assert right >= (len(asked) - 1 if quantization != "int4" else len(asked) // 2)
+    again = model.load(kv.save(tmp_path / "a.kvz"))
+    assert model.generate(asked[0], kv=again) == model.generate(asked[0], kv=kv)
+    plain = ModelKVzip(dtype=torch.bfloat16)
+    bits = {"int4": 4.5}.get(quantization, 8.5)
+    assert layer_bytes(model) < layer_bytes(plain) * bits / 16
+
+
+def layer_bytes(model: ModelKVzip) -> int:
+    """Of the layers' matrices."""
+    parts = plain_weights(model.hf_model)
+    return sum(part.nbytes for name, part in parts if "_proj" in name)
+
+
+def on_two_gpus(kind: str) -> ModelKVzip:
+    """The first layer on one device, the others on another."""
+    dispatch_model = pytest.importorskip("accelerate").dispatch_model
+    hf_model = make_hf_model(kind)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    for i in range(hf_model.config.num_hidden_layers):
+        places[f"model.layers.{i}"] = min(i, 1)
+    return ModelKVzip(dispatch_model(hf_model, places), make_tokenizer())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_layers_on_two_devices_answer_like_one(kind: str, tmp_path: Path) -> None:
+    two, one = on_two_gpus(kind), on_gpu(kind)
+    assert two.operations.name == "triton"
+    assert not two.decoder.records
+    assert [device.index for device in two.geometry.devices] == [0, 1, 1]
+    for how in ({}, {"streaming": True, "chunk_size": 17}, {"scorer": "expected-attention"}):
+        kv, expected = (model.prefill(TEXT, ratio=0.4, **how) for model in (two, one))
+        assert [layer.context.keys.device.index for layer in kv.layers] == [0, 1, 1]
+        assert torch.equal(kv.kept, expected.kept)
+        settings = {"max_new_tokens": 8}
+        assert two.ask(kv, QUESTIONS, **settings) == one.ask(expected, QUESTIONS, **settings)
+        for model in (two, one):
+            again = model.load(kv.save(tmp_path / "a.kvz", overwrite=True))
+            devices = [layer.context.keys.device for layer in again.layers]
+            assert devices == model.geometry.devices
+            assert model.ask(again, QUESTIONS, **settings) == one.ask(
+                expected, QUESTIONS, **settings
+            )
+    retained = ModelKVzip(two.hf_model, make_tokenizer(), kv_type="retain").prefill(TEXT)
+    for ratio in (0.2, 0.6):
+        assert torch.equal(retained.prune(ratio).kept, one.prefill(TEXT, ratio=ratio).kept)
+    quantised = two.prefill(TEXT).prune(0.4, kv_dtype="int8")
+    two.extend(quantised, TEXT)
+    assert two.generate(QUESTIONS[0], kv=quantised, update_cache=True, max_new_tokens=8)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_runs_on_a_device_that_is_not_the_current_one() -> None:
+    hf_model = make_hf_model("llama").to("cuda:1")
+    model, expected = ModelKVzip(hf_model, make_tokenizer()), on_gpu("llama")
+    assert torch.cuda.current_device() == 0
+    kv, same = (one.prefill(TEXT, ratio=0.4) for one in (model, expected))
+    assert torch.equal(kv.kept, same.kept)
+    for _ in range(2):
+        assert model.generate(QUESTIONS[0], kv=kv, max_new_tokens=8) == expected.generate(
+            QUESTIONS[0], kv=same, max_new_tokens=8
+        )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_heads_on_two_devices_answer_like_one(tmp_path: Path) -> None:
+    """Two processes that talk by NCCL; `test_tensor_parallel` tests the rest on a CPU."""
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    make_hf_model("llama", **shape).save_pretrained(tmp_path / "checkpoint")
+    make_tokenizer().save_pretrained(tmp_path / "checkpoint")
+    one = ModelKVzip(tmp_path / "checkpoint", dtype=torch.float32)
+    one.prefill(TEXT, ratio=0.4).save(tmp_path / "one.kvz")
+    run_two_processes(tmp_path / "checkpoint", tmp_path, "cuda")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (tmp_path / "alone").mkdir()
+    expected = work(one, tmp_path / "alone")
+    for name in ("ratio answers", "bytes answers", "conversation"):
+        assert first[name] == second[name] == expected[name]
+    assert first["sampled"] == second["sampled"]
+    for name in ("ratio", "file", "codes", "streamed chunk"):
+        together = torch.cat([first[name]["kept"], second[name]["kept"]], dim=1)
+        assert torch.equal(together, expected[name]["kept"])

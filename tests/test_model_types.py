@@ -1,13 +1,24 @@
 """Every supported type of model answers as transformers does; whatever cannot work is an error."""
 
+from functools import lru_cache
 from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from kvzip import KVzipError, ModelKVzip
+from kvzip import KVzipError, ModelKVzip, attention, checks
+from kvzip.cli import models
+from kvzip.evaluation.likelihood import likelihoods
 from kvzip.geometry import refuse_layer_types
+from kvzip.kernels import reference
+from kvzip.kernels.logits import Logits
+from kvzip.model_types import EXPECTED, REFUSED, TESTED, ModelType
+from kvzip.scoring import SCORERS
+from kvzip.states import StateLayer
 from models import (
     END,
     GEMMA3_LAYERS,
@@ -16,7 +27,9 @@ from models import (
     SHAPE,
     SPECIAL,
     TEXT,
+    VOCABULARY,
     Oracle,
+    assert_same,
     greedy,
     logits_of,
     make_hf_model,
@@ -25,9 +38,155 @@ from models import (
     random_ids,
     shared_hf_model,
     shared_model,
+    snapshot,
 )
 
 NEW_TOKENS = 16
+
+
+@lru_cache(maxsize=1)  # the checks of a type come one after the other
+def subject(model_type: ModelType) -> checks.Subject:
+    return checks.Subject(model_type)
+
+
+@pytest.mark.parametrize("check", checks.CHECKS)
+@pytest.mark.parametrize("model_type", TESTED, ids=attrgetter("id"))
+def test_types(model_type, check):
+    assert checks.CHECKS[check](subject(model_type))
+
+
+def test_types_are_named_once():
+    ids = [model_type.id for model_type in (*TESTED, *EXPECTED, *REFUSED)]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "attribute", "replacement"),
+    [
+        ("gemma2", Logits, "of", lambda self, products: products * self.scale),
+        ("gpt_oss", reference, "softmax", lambda logits, sinks: logits.softmax(-1)),
+        ("qwen3_next", StateLayer, "absorb", lambda self, behind: None),
+        ("qwen3_next", StateLayer, "adopt", lambda self, answered: None),
+        ("qwen3_next", StateLayer, "fork", lambda self, tail=None: self),
+        ("qwen3_next", StateLayer, "restart", lambda self, other: self.restore(self.context)),
+        ("qwen3_next", StateLayer, "truncate", lambda self, length: None),
+    ],
+    ids=["capping", "sinks", "absorb", "adopt", "fork", "restart", "truncate"],
+)
+def test_checks_can_fail(monkeypatch, name, owner, attribute, replacement):
+    """What is particular about a type is checked: without it, a check fails."""
+    (model_type,) = [one for one in TESTED if one.id == name]
+    monkeypatch.setattr(owner, attribute, replacement)
+    assert not all(checks.check(model_type).passed.values())
+
+
+def test_the_documentation_has_the_tables():
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    checked = [checks.Checked(one, dict.fromkeys(checks.CHECKS, True)) for one in TESTED]
+    assert models.table(checked) in text
+    assert models.refusals() in text
+    for one in EXPECTED:
+        assert f"`{one.id}`" in text
+
+
+class TestLinearAttention:
+    """Layers with a state of their own, which stands behind all that was read."""
+
+    @pytest.fixture
+    def model(self):
+        (model_type,) = [one for one in TESTED if one.id == "qwen3_next"]
+        return ModelKVzip(checks.make_model(model_type, VOCABULARY), make_tokenizer())
+
+    def test_geometry(self, model):
+        assert model.geometry.prunable == (1,)
+        assert [layer.linear for layer in model.geometry.layers] == [True, False, True]
+        assert model.geometry.stateful
+        assert not model.decoder.records
+
+    def test_bytes_hold_states_twice(self, model):
+        """Behind the context and behind the tail."""
+        kv = model.read(TEXT)
+        states = [layer.state for i, layer in enumerate(kv.layers) if i != 1]
+        sizes = [tensor.nbytes for state in states for tensor in state.tensors().values()]
+        pairs = 2 * kv.layers[1].context.keys.nbytes
+        assert kv.nbytes == pairs + 2 * sum(sizes)
+
+    def test_a_conversation_is_forgotten_whole(self, model):
+        kv = model.prefill(TEXT)
+        model.generate(QUESTIONS[0], kv=kv, max_new_tokens=4, update_cache=True)
+        before = snapshot(kv)
+        with pytest.raises(KVzipError, match="cannot go back to the middle of a conversation"):
+            kv.truncate(2)
+        assert_same(snapshot(kv), before)
+        kv.reset()
+        assert kv.tail_length == 0
+        for layer in kv.layers[::2]:
+            assert torch.equal(layer.state.recurrent, layer.context.recurrent)
+
+    def test_chunks_change_nothing(self, model):
+        at_once, in_chunks = model.read(TEXT), model.read(TEXT, chunk_size=7)
+        for one, other in zip(at_once.layers[::2], in_chunks.layers[::2], strict=True):
+            for name, tensor in one.state.tensors().items():
+                torch.testing.assert_close(other.state.tensors()[name], tensor)
+
+    @pytest.mark.parametrize("scorer", [name for name in SCORERS if name != "heads"])
+    def test_scorers(self, model, scorer):
+        kv = model.prefill(TEXT, scorer=scorer)
+        before = snapshot(model.read(TEXT))
+        assert_same(snapshot(kv), before)  # scoring leaves the cache as it was
+        assert kv.scores.values.shape == kv.kept.shape
+        assert kv.scores.values.isfinite().all()
+
+    def test_reading_further(self, model):
+        whole = model.prefill(TEXT, ratio=1.0, streaming=True, chunk_size=20)
+        ids = whole.document.token_ids[whole.document.prefix_length :]
+        kv = model.prefill(ids[:40], ratio=1.0, streaming=True, chunk_size=20).extend(
+            ids[40:], chunk_size=20
+        )
+        query = question(model)
+        assert torch.equal(logits_of(model, kv, query), logits_of(model, whole, query))
+
+    def test_likelihoods(self, model):
+        kv = model.read(TEXT)
+        queries = [model.apply_template(text) for text in QUESTIONS]
+        answers = [random_ids(n, seed=n) for n in (1, 4, 2)]
+        together = likelihoods(model.hf_model, kv, queries, answers)
+        alone = [
+            likelihoods(model.hf_model, kv, [query], [answer])[0]
+            for query, answer in zip(queries, answers, strict=True)
+        ]
+        assert together == alone
+
+
+class TestImages:
+    @pytest.fixture
+    def model(self):
+        (model_type,) = [one for one in TESTED if one.id == "gemma3"]
+        model = checks.make_model(model_type, VOCABULARY)
+        model.config.image_token_id = VOCABULARY - 1
+        return ModelKVzip(model, make_tokenizer())
+
+    def test_in_a_context(self, model):
+        with pytest.raises(KVzipError, match="token 399, which stands for an image: only text"):
+            model.read(torch.tensor([5, VOCABULARY - 1, 6]))
+
+    def test_in_a_question(self, model):
+        kv = model.read(TEXT)
+        with pytest.raises(KVzipError, match="pixel_values cannot be read"):
+            model.generate(TEXT, kv=kv, pixel_values=torch.zeros(1, 3, 28, 28))
+
+    def test_in_stock_generate(self, model):
+        kv = model.read(TEXT)
+        ids = torch.cat([kv.token_ids, random_ids(3), torch.tensor([VOCABULARY - 1] * 4)])
+        with pytest.raises(KVzipError, match="causal text only"):
+            model.hf_model.generate(
+                ids[None],
+                pixel_values=torch.zeros(1, 3, 28, 28),
+                attention_mask=torch.ones_like(ids[None]),
+                token_type_ids=(ids == VOCABULARY - 1).long()[None],
+                past_key_values=kv.fork(),
+                max_new_tokens=2,
+            )
 
 
 def question(model: ModelKVzip) -> torch.Tensor:
@@ -154,30 +313,44 @@ def test_other_caches_work_as_before(kind, padded):
 class TestWhatCannotWork:
     """Features that a kvzip cache does not implement are errors, never ignored."""
 
-    @pytest.mark.parametrize(
-        ("config", "cause"),
-        [
-            (Gemma2Config(**SHAPE, head_dim=16), "softcap"),
-            (
-                GptOssConfig(**SHAPE, head_dim=16, num_local_experts=2, num_experts_per_tok=1),
-                "s_aux",
-            ),
-        ],
-        ids=["gemma2-softcap", "gpt-oss-sinks"],
-    )
-    def test_arguments_of_attention(self, config, cause):
-        model = AutoModelForCausalLM.from_config(config)
+    @pytest.mark.parametrize("model_type", REFUSED, ids=attrgetter("id"))
+    def test_types(self, model_type):
+        causes = {
+            "chunked": "chunked_attention",
+            "keys and values differ": "keys have 48 dimensions and values 32",
+            "begin anew": "begin anew",
+            "convolution": "layers of type conv",
+            "pairs and a state": "layers of type hybrid",
+            "every layer slides": r"slides \(window 16 tokens\)",
+            "no layer holds": "has left no state",
+            "latent": "does not hand the pairs of its cache, untouched",
+            "interface": "does not hand the pairs of its cache, untouched",
+        }
+        (cause,) = [said for part, said in causes.items() if part in model_type.note]
+        model = checks.make_model(model_type, VOCABULARY)
         with pytest.raises(KVzipError, match=cause):
             ModelKVzip(model, make_tokenizer())
+
+    def test_an_argument_of_attention_that_is_not_known(self):
+        module = SimpleNamespace()
+        with pytest.raises(KVzipError, match="asks for position_bias, which attention"):
+            attention.attention(
+                module,
+                torch.zeros(1, 2, 3, 16),
+                object(),
+                object(),
+                None,
+                position_bias=torch.ones(1),
+            )
 
     @pytest.mark.parametrize(
         ("changes", "cause"),
         [
             ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
-            ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+            ({"layer_types": ["full_attention", "hybrid"]}, "hybrid"),
             ({"attention_chunk_size": 64}, "chunked_attention"),
         ],
-        ids=["chunked", "linear", "chunk-size"],
+        ids=["chunked", "hybrid", "chunk-size"],
     )
     def test_types_of_layers(self, changes, cause):
         config = LlamaConfig()

@@ -86,7 +86,13 @@ def test_an_amd_device_is_refused(device, monkeypatch):
 def test_triton_where_it_can_run(device, capability, dtype, backend):
     chosen = operations(backend, device(*capability), dtype)
     assert chosen.name == "triton"
-    for name in ("zipped_attention", "reconstruction_score", "compact", "chunk_attention"):
+    for name in (
+        "zipped_attention",
+        "reconstruction_score",
+        "repeat_attention",
+        "compact",
+        "chunk_attention",
+    ):
         function = getattr(chosen, name)
         assert function.__module__ == f"kvzip.kernels.{name}"
         assert function.__module__ in sys.modules

@@ -1,6 +1,8 @@
 """The Triton kernels for scores by reconstruction against float64, unwritten memory being NaN."""
 
-import random
+import random as randomness
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,15 +10,18 @@ from torch import Tensor
 
 from kernels import (
     BFLOAT16,
+    DEVICE,
     DIMS,
     FLOAT16,
     FLOAT32,
     GROUPS,
     KERNEL_DTYPES,
+    LOGITS,
     MARKS,
     ON_GPU,
     Repeating,
     poison,
+    random,
 )
 from kvzip.kernels import reconstruction_score, reference
 
@@ -24,12 +29,55 @@ pytestmark = MARKS
 by_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
-def kernel(*args: object) -> Tensor:
+def kernel(*args: object, **weights: Tensor) -> Tensor:
     """Scores; what the kernels write to is NaN at first."""
     with poison() as made:
-        scores = reconstruction_score.reconstruction_score(*args)
+        scores = reconstruction_score.reconstruction_score(*args, **weights)
     assert len(made) >= 2  # log-sum-exp, largest of each split
     return scores
+
+
+class Weighted(Repeating):
+    """Products of probabilities and weights, some of them 0, that differ by orders of magnitude.
+
+    Args:
+        by: `"query"`, `"key"` or `"both"`.
+    """
+
+    def __init__(self, p: int, m: int, t: int, *, by: str = "both", **how: Any) -> None:
+        super().__init__(p, m, t, **how)
+        heads = len(self.query)
+        sizes = {"query": t, "key": m} if by == "both" else {by: {"query": t, "key": m}[by]}
+        self.weights = {
+            f"{name}_weights": (random(heads, size, seed=size) * 3).exp()
+            for name, size in sizes.items()
+        }
+        for weights in self.weights.values():
+            weights[:, 2::5] = 0
+
+    def run(self, score: Callable[..., Tensor]) -> Tensor:
+        return score(self.query, self.prefix, self.chunk, self.repeat, self.logits, **self.weights)
+
+    def expected(self) -> Tensor:
+        heads, p, _ = self.prefix.shape
+        m, t = self.chunk.shape[1], self.repeat.shape[1]
+        keys = torch.cat([self.prefix, self.chunk, self.repeat], dim=1).double()
+        keys = keys.repeat_interleave(len(self.query) // heads, dim=0)
+        hidden = torch.ones(t, p + m + t, device=DEVICE).triu(p + m + 1).bool()
+        logits = self.query.double() @ keys.mT * self.logits.scale
+        products = logits.masked_fill(hidden, -torch.inf).softmax(-1)[..., p : p + m]
+        if "query_weights" in self.weights:
+            products = products * self.weights["query_weights"].double()[:, :, None]
+        if "key_weights" in self.weights:
+            products = products * self.weights["key_weights"].double()[:, None, :]
+        return products.unflatten(0, (heads, -1)).amax((1, 2))
+
+    def check(self, score: Callable[..., Tensor]) -> Tensor:
+        got, expected = self.run(score), self.expected()
+        assert got.dtype == FLOAT32
+        assert not torch.allclose(expected, super().expected(), rtol=0.1)
+        torch.testing.assert_close(got.double(), expected, atol=1e-7, rtol=1e-4)
+        return got
 
 
 @by_dtype
@@ -62,6 +110,19 @@ def test_numbers_of_heads(heads):
 
 
 @by_dtype
+@pytest.mark.parametrize("how", LOGITS.values(), ids=LOGITS)
+@pytest.mark.parametrize(("p", "m", "t"), [(4, 9, 66), (0, 129, 5), (70, 1, 1)])
+def test_capped_logits_and_sinks(p, m, t, how, dtype):
+    Repeating(p, m, t, group=3, dtype=dtype, **how).check(kernel)
+
+
+def test_capped_logits_and_sinks_with_weights():
+    case = Weighted(4, 9, 66, group=3, softcap=0.7, sinks=True)
+    expected = case.run(reference.reconstruction_score)
+    torch.testing.assert_close(case.run(kernel), expected, atol=1e-6, rtol=1e-4)
+
+
+@by_dtype
 @pytest.mark.parametrize("sharpness", [1e-3, 30.0, 300.0])
 def test_flat_and_sharp_logits(sharpness, dtype):
     """Sharp logits give scores near 0 and 1, of which those near 0 are compared loosely."""
@@ -70,6 +131,49 @@ def test_flat_and_sharp_logits(sharpness, dtype):
     error = (got.double() - expected).abs()
     assert (error <= 1e-3 * expected + 1e-7).all()
     assert expected.max() > (0.9 if sharpness > 1 else 0.01)
+
+
+@pytest.mark.parametrize("score", [kernel, reference.reconstruction_score], ids=["triton", "ref"])
+@pytest.mark.parametrize("by", ["query", "key", "both"])
+@pytest.mark.parametrize(
+    ("p", "m", "t"),
+    [(5, 1, 1), (0, 7, 9), (3, 63, 70), (64, 65, 66), (129, 127, 128), (1, 130, 257)],
+)
+def test_weights(p, m, t, by, score):
+    Weighted(p, m, t, by=by).check(score)
+
+
+@by_dtype
+@pytest.mark.parametrize("group", GROUPS)
+def test_weights_of_each_query_head(group, dtype):
+    Weighted(4, 9, 6, group=group, heads=3, dim=80, dtype=dtype).check(kernel)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_weights_with_any_division_among_programs(monkeypatch, programs):
+    monkeypatch.setattr(reconstruction_score, "_programs", lambda device: programs)
+    Weighted(4, 66, 140, group=5, heads=1).check(kernel)
+
+
+def test_weights_in_blocks_of_queries(monkeypatch):
+    monkeypatch.setattr(reference, "MAX_LOGITS", 4 * 10 * 120)
+    Weighted(4, 66, 50).check(reference.reconstruction_score)
+
+
+def test_weights_of_one_change_nothing():
+    case = Weighted(4, 130, 140)
+    alone = case.run(lambda *args, **weights: kernel(*args))
+    case.weights = {name: torch.ones_like(weights) for name, weights in case.weights.items()}
+    assert torch.equal(case.run(kernel), alone)
+
+
+def test_weights_of_zero_give_zero():
+    case = Weighted(4, 9, 6)
+    for name in ("query_weights", "key_weights"):
+        weights = {**case.weights, name: torch.zeros_like(case.weights[name])}
+        for score in (kernel, reference.reconstruction_score):
+            got = score(case.query, case.prefix, case.chunk, case.repeat, case.logits, **weights)
+            assert torch.equal(got, torch.zeros_like(got))
 
 
 def test_each_query_sees_itself_and_no_later_token():
@@ -89,7 +193,7 @@ def test_any_division_among_programs(monkeypatch, programs):
 
 @pytest.mark.parametrize("seed", range(30 if ON_GPU else 8))
 def test_random_cases(seed):
-    pick = random.Random(seed)
+    pick = randomness.Random(seed)
     longest = pick.choice([3, 70, 1500 if ON_GPU else 200])
     Repeating(
         pick.randint(0, longest),

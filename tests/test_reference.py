@@ -11,6 +11,7 @@ from kernels import (
     FLOAT32,
     GROUPS,
     LENGTHS,
+    LOGITS,
     MARKS,
     Chunk,
     Repeating,
@@ -18,6 +19,7 @@ from kernels import (
     attend,
     check_compact,
     random,
+    some_logits,
 )
 from kvzip.kernels import reference
 
@@ -65,6 +67,17 @@ class TestZippedAttention:
     def test_a_tail_in_a_buffer_with_room(self, s):
         Zipped([37, 0], tail=s - 1, spare=128 - s, on_device=True).check(zipped)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("how", LOGITS.values(), ids=LOGITS)
+    @pytest.mark.parametrize("window", [None, 5])
+    def test_capped_logits_and_sinks(self, window, how, dtype):
+        starts = [0, 3, 1]
+        case = Zipped(
+            [9, 9], batch=3, group=3, t=4, tail=2, starts=starts, window=window, dtype=dtype, **how
+        )
+        case.check(zipped)
+        Zipped([9, 0, 33], t=1, dtype=dtype, **how).check(zipped)
+
     def test_spare_rows_are_not_read(self):
         Zipped([37, 0, 64], t=2, spare_rows=5).check(zipped)
 
@@ -103,15 +116,25 @@ class TestChunkAttention:
     def test_dimensions(self, dim, s):
         Chunk(6, s, dim=dim).check(chunk)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("how", LOGITS.values(), ids=LOGITS)
+    @pytest.mark.parametrize("s", [0, 37])
+    @pytest.mark.parametrize("max_logits", [1, 10**6])
+    def test_capped_logits_and_sinks(self, monkeypatch, max_logits, s, how, dtype):
+        monkeypatch.setattr(reference, "MAX_LOGITS", max_logits)
+        Chunk(7, s, batch=2, group=3, dtype=dtype, **how).check(chunk)
+
     def test_float64_stays_float64(self):
         Chunk(6, 3, dtype=torch.float64).check(chunk)
 
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("window", [1, 4, 63, 1000])
-def test_sliding_attention(window, group):
+@pytest.mark.parametrize("how", [{}, *LOGITS.values()], ids=["plain", *LOGITS])
+def test_sliding_attention(how, window, group):
     """Keys at any positions, in any order; those at negative positions are hidden."""
-    heads, batch, t, s, scale = 2, 2, 5, 70, 0.3
+    heads, batch, t, s = 2, 2, 5, 70
+    logits = some_logits(0.3, heads * group, **how)
     query = random(batch, heads * group, t, 32, seed=1)
     keys, values = (random(batch, heads, s, 32, seed=i) for i in (2, 3))
     query_positions = torch.stack([torch.arange(60, 65), torch.arange(63, 68)])
@@ -122,7 +145,7 @@ def test_sliding_attention(window, group):
     hidden = torch.isin(key_positions[1], query_positions[1])
     assert hidden.sum() >= 4  # nearly every query has its own key, so that it sees something
     got = reference.sliding_attention(
-        query, keys, values, query_positions.to(DEVICE), key_positions.to(DEVICE), window, scale
+        query, keys, values, query_positions.to(DEVICE), key_positions.to(DEVICE), window, logits
     )
     compared = 0
     for b in range(batch):
@@ -137,9 +160,8 @@ def test_sliding_attention(window, group):
                     continue
                 alone = query[b, h, i : i + 1]
                 all_seen = torch.ones(1, len(seen), device=DEVICE).bool()
-                expected = attend(
-                    alone, keys[b, h // group, seen], values[b, h // group, seen], all_seen, scale
-                )
+                pairs = (part[b, h // group, seen] for part in (keys, values))
+                expected = attend(alone, *pairs, all_seen, logits, h)
                 torch.testing.assert_close(got[b, h, i].double(), expected[0], atol=2e-6, rtol=2e-5)
                 compared += 1
     assert compared >= batch * heads * group * (t - 1)
@@ -157,6 +179,10 @@ class TestReconstructionScore:
     @pytest.mark.parametrize("dim", DIMS)
     def test_groups_and_dimensions(self, group, dim):
         Repeating(4, 9, 6, group=group, dim=dim).check(score)
+
+    @pytest.mark.parametrize("how", LOGITS.values(), ids=LOGITS)
+    def test_capped_logits_and_sinks(self, how):
+        Repeating(4, 33, 40, group=3, **how).check(score)
 
     @pytest.mark.parametrize("max_logits", [1, 500, 3000])
     def test_blocks(self, monkeypatch, max_logits):

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, SmolLM3Config
 
 from kvzip import ContextCache, KVzipError, ModelKVzip
 from kvzip.cache import Scores
-from kvzip.scoring import SCORERS, get_scorer, observation
+from kvzip.kernels.logits import Logits
+from kvzip.scoring import REPEATING, SCORERS, get_scorer, observation
 from kvzip.scoring.expected_attention import QueryMoments
 from kvzip.scoring.last_window import pool
 from kvzip.scoring.rotary import Rotary, rotaries
@@ -32,7 +33,8 @@ from models import (
 )
 
 KINDS = ["llama", "qwen3", "gemma3"]
-BASELINES = [name for name in SCORERS if name != "reconstruction"]
+ANYWHERE = [name for name in SCORERS if name != "heads"]  # which needs a file of its model
+BASELINES = [name for name in ANYWHERE if name not in REPEATING]
 OBSERVING = ["prefill-attention", "last-window", "expected-attention"]
 LENGTH, SNAP_WINDOW, SNAP_KERNEL, FUTURE, EPSILON = 90, 32, 7, 512, 0.01
 
@@ -205,7 +207,7 @@ def test_no_block_of_probabilities_is_larger_than_it_may(monkeypatch):
     monkeypatch.setattr(observation, "MAX_LOGITS", 4 * 20 * 3)
     generator = torch.Generator().manual_seed(0)
     query, keys = (torch.randn(h, t, 8, generator=generator) for h, t in ((4, 10), (2, 20)))
-    blocks = list(observation.causal_attention(query, keys, 1.0))
+    blocks = list(observation.causal_attention(query, keys, Logits(1.0)))
     assert [block.shape for block in blocks] == [
         (2, 2, 3, 13),
         (2, 2, 3, 16),
@@ -215,7 +217,7 @@ def test_no_block_of_probabilities_is_larger_than_it_may(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_scoring_leaves_the_cache_as_it_was(name, kind):
     model = shared_model(kind)
     kv = model.read(TEXT)
@@ -229,7 +231,7 @@ def test_scoring_leaves_the_cache_as_it_was(name, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_a_tail_does_not_change_the_scores(name, kind):
     model = shared_model(kind)
     kv = model.read(TEXT)
@@ -238,7 +240,7 @@ def test_a_tail_does_not_change_the_scores(name, kind):
     assert torch.equal(run(name, model, kv).values, before)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_scores_are_the_same_every_time(name):
     model, kv = shared_model(), watched("llama")[0]
     first = run(name, model, kv).values
@@ -248,7 +250,7 @@ def test_scores_are_the_same_every_time(name):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_scores_select_pairs(name):
     model = shared_model()
     kv = model.read(TEXT)
@@ -279,7 +281,7 @@ def test_half_precision_is_accumulated_in_float32(name):
     torch.testing.assert_close(scores, expected, atol=0.1, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_a_retained_cache_is_scored_again_after_pruning(name):
     model = make_model(kv_type="retain")
     kv = model.prefill(TEXT)
@@ -287,7 +289,7 @@ def test_a_retained_cache_is_scored_again_after_pruning(name):
     assert torch.equal(run(name, model, kv.prune(0.3)).values, before)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_an_evicted_cache_cannot_be_scored_again(name):
     kv = shared_model().prefill(TEXT).prune(0.5)
     with pytest.raises(KVzipError, match="cannot be scored again"):
@@ -323,10 +325,10 @@ class TestObservation:
 
     class Notes:
         def __init__(self) -> None:
-            self.chunks: list[tuple[Tensor, Tensor, float]] = []
+            self.chunks: list[tuple[Tensor, Tensor, Logits]] = []
 
-        def see(self, query: Tensor, keys: Tensor, scale: float) -> None:
-            self.chunks.append((query.clone(), keys.clone(), scale))
+        def see(self, query: Tensor, keys: Tensor, logits: Logits) -> None:
+            self.chunks.append((query.clone(), keys.clone(), logits))
 
     def observe(self, kind: str, kv: ContextCache, tokens: slice, chunk_size: int) -> list[Notes]:
         notes = [self.Notes() for _ in kv.prunable]
@@ -344,10 +346,10 @@ class TestObservation:
             notes = self.observe(kind, kv, slice(start, total), chunk_size)
             for note, (queries, keys) in zip(notes, layers, strict=True):
                 end = start
-                for query, seen, scale in note.chunks:
+                for query, seen, logits in note.chunks:
                     end += query.shape[1]
                     assert query.shape[1] <= chunk_size
-                    assert scale == pytest.approx(queries.shape[-1] ** -0.5)
+                    assert logits.scale == pytest.approx(queries.shape[-1] ** -0.5)
                     torch.testing.assert_close(seen.double(), keys[:, :end], atol=1e-4, rtol=0)
                 own = torch.cat([query for query, _, _ in note.chunks], dim=1)
                 assert end == total
@@ -467,7 +469,9 @@ class TestExpectedAttention:
         moments = QueryMoments(Rotary(None, lambda *parts: parts[:2]))
         query = torch.randn(4, 100, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
         for first in range(0, 100, 30):
-            moments.see(query[:, first : first + 30], query[:2, : min(first + 30, 100)], 1.0)
+            moments.see(
+                query[:, first : first + 30], query[:2, : min(first + 30, 100)], Logits(1.0)
+            )
         mean, covariance = moments.ahead(torch.arange(3))
         exact = query.double()
         torch.testing.assert_close(mean.double(), exact.mean(1), atol=1e-6, rtol=0)
@@ -515,13 +519,14 @@ def test_random_scores_differ_by_head_and_seed():
 
 class TestRegistry:
     def test_every_scorer_is_there(self):
-        assert list(SCORERS) == ["reconstruction", *BASELINES]
+        assert list(SCORERS) == ["reconstruction", "reconstruction+", "heads", *BASELINES]
         for name, module in SCORERS.items():
             assert get_scorer(name).__module__ == module
 
-    def test_reconstruction_is_found_by_name(self):
+    @pytest.mark.parametrize("name", REPEATING)
+    def test_reconstruction_is_found_by_name(self, name):
         kv, _ = watched("llama")
-        assert run("reconstruction", shared_model(), kv).scorer == "reconstruction"
+        assert run(name, shared_model(), kv).scorer == name
 
     @pytest.mark.parametrize(
         ("wrong", "meant"),
@@ -537,7 +542,7 @@ class TestRegistry:
             get_scorer(wrong)
 
     def test_a_name_like_no_other(self):
-        with pytest.raises(KVzipError, match="choose one of reconstruction, prefill-attention, "):
+        with pytest.raises(KVzipError, match=r"choose one of reconstruction, reconstruction\+, "):
             get_scorer("xyz")
 
     def test_nothing_is_imported_before_it_is_asked_for(self):

@@ -9,6 +9,7 @@ from kvzip.scoring import heads
 from kvzip.scoring.reconstruction import SHORTEST_CHUNK
 from models import (
     GEMMA3_LAYERS,
+    GEMMA3_WINDOW,
     KINDS,
     TEXT,
     Oracle,
@@ -17,6 +18,7 @@ from models import (
     make_model,
     make_tokenizer,
     random_ids,
+    shared_hf_model,
     shared_model,
     snapshot,
 )
@@ -34,6 +36,16 @@ def full_layers(kind: str) -> list[int]:
     return [i for i, attention in enumerate(layers) if attention == "full_attention"]
 
 
+def repeat_input(token_ids: Tensor, p: int, start: int, chunk_size: int) -> list[int]:
+    """The request to repeat the chunk that starts there, and the chunk."""
+    if start == p:
+        request = encode("\n\nRepeat the previous context exactly.")
+    else:
+        request = encode("\n\nRepeat the part of the previous context exactly, starting with ")
+        request += token_ids[start - 8 : start].tolist()
+    return request + encode(SUFFIX) + token_ids[start : start + chunk_size].tolist()
+
+
 def oracle_scores(
     kind: str, token_ids: Tensor, p: int, chunk_size: int, reach: str = "context"
 ) -> Tensor:
@@ -42,12 +54,7 @@ def oracle_scores(
     parts = []
     for start in range(p, p + n, chunk_size):
         chunk = token_ids[start : start + chunk_size].tolist()
-        if start == p:
-            request = encode("\n\nRepeat the previous context exactly.")
-        else:
-            request = encode("\n\nRepeat the part of the previous context exactly, starting with ")
-            request += token_ids[start - 8 : start].tolist()
-        repeat = request + encode(SUFFIX) + chunk
+        repeat = repeat_input(token_ids, p, start, chunk_size)
         oracle = Oracle()
         if reach == "chunk":  # the repeat sees no other chunk
             hidden = torch.zeros(2, *[len(token_ids) + len(repeat)] * 2, dtype=torch.bool)
@@ -98,6 +105,130 @@ def test_scores_with_the_reach_of_a_chunk_equal_the_oracle(kind):
     if kind != "gemma3":  # nothing in front of whose one full layer knows the reach
         assert not torch.allclose(expected, oracle_scores(kind, ids, p, chunk), atol=0.01)
     torch.testing.assert_close(kv.scores.values.double(), expected, atol=1e-5, rtol=0)
+
+
+def masks(kind: str, size: int, hidden: Tensor) -> Tensor | dict[str, Tensor]:
+    """Additive causal masks `[1, 1, size, size]`, float64, in the form that a model takes."""
+    i, j = torch.arange(size)[:, None], torch.arange(size)
+    full = (j > i) | hidden
+    sliding = (j > i) | (j <= i - GEMMA3_WINDOW)
+    by_type = {
+        name: torch.zeros(size, size, dtype=torch.float64).masked_fill(unseen, -1e300)[None, None]
+        for name, unseen in (("full_attention", full), ("sliding_attention", sliding))
+    }
+    return by_type if kind == "gemma3" else by_type["full_attention"]
+
+
+@torch.no_grad()
+def oracle_contributions(
+    kind: str, token_ids: Tensor, p: int, chunk_size: int, reach: str
+) -> Tensor:
+    """`[L, H, n]`, float64: from stock attention probabilities, hidden states and weights."""
+    model, n = shared_hf_model(kind, attention="eager", dtype=torch.float64), len(token_ids) - p
+    parts = []
+    for start in range(p, p + n, chunk_size):
+        ids = torch.cat([token_ids, torch.tensor(repeat_input(token_ids, p, start, chunk_size))])
+        stop = min(start + chunk_size, p + n)
+        hidden = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+        if reach == "chunk":
+            hidden[p + n :, p:start] = hidden[p + n :, stop : p + n] = True
+        out = model(
+            ids[None],
+            attention_mask=masks(kind, len(ids), hidden),
+            use_cache=False,
+            output_attentions=True,
+            output_hidden_states=True,
+        )
+        columns = [*range(p), *range(start, stop), *range(p + n, len(ids))]
+        layers = []
+        for index in full_layers(kind):
+            layer = model.model.layers[index]
+            inputs = layer.input_layernorm(out.hidden_states[index][0])  # [s, hidden]
+            dim, group = layer.self_attn.head_dim, layer.self_attn.num_key_value_groups
+            values = layer.self_attn.v_proj(inputs)[start:stop].unflatten(-1, (-1, dim))
+            scores = torch.zeros(values.shape[1], stop - start, dtype=torch.float64)
+            for g, whole in enumerate(out.attentions[index][0]):
+                seen = whole[p + n :, columns]
+                seen = (seen / seen.sum(-1, keepdim=True))[:, p : p + stop - start]
+                added = (
+                    values[:, g // group] @ layer.self_attn.o_proj.weight[:, g * dim :][:, :dim].T
+                )
+                share = seen * added.norm(dim=-1) / inputs[p + n :].norm(dim=-1)[:, None]
+                share = share[inputs[p + n :].any(-1)]  # the padding token is all zeros at first
+                scores[g // group] = torch.maximum(scores[g // group], share.amax(0))
+            layers.append(scores)
+        parts.append(torch.stack(layers))
+    return torch.cat(parts, dim=-1)
+
+
+@pytest.mark.parametrize("reach", ["context", "chunk"])
+@pytest.mark.parametrize(("n", "chunk"), [ONE_CHUNK, SHORT_LAST_CHUNK], ids=["one", "four-chunks"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_contributions_equal_the_oracle(kind, n, chunk, reach):
+    model = shared_model(kind)
+    kv = model.prefill(random_ids(n), score_chunk=chunk, scorer="reconstruction+", reach=reach)
+    p = kv.document.prefix_length
+    expected = oracle_contributions(kind, kv.token_ids, p, chunk, reach)
+    suffix = "" if reach == "context" else ", reach chunk"
+    assert kv.scores.scorer == f"reconstruction+{suffix}"
+    assert kv.scores.values.dtype == torch.float32
+    assert expected.std() > 0.01 * expected.max()
+    torch.testing.assert_close(
+        kv.scores.values.double(), expected, atol=2e-5 * expected.max().item(), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contributions_are_products_of_three_factors(kind):
+    """Twice the output projection gives twice the scores."""
+    context = random_ids(40)
+    model = make_model(kind)
+    before = model.prefill(context, scorer="reconstruction+").scores.values
+    attentions = [layer.self_attn for layer in model.hf_model.model.layers]
+    last = full_layers(kind)[-1]  # nothing that is scored comes behind it
+    with torch.no_grad():
+        attentions[last].o_proj.weight.mul_(2)
+    after = model.prefill(context, scorer="reconstruction+").scores.values
+    torch.testing.assert_close(after[:-1], before[:-1])
+    torch.testing.assert_close(after[-1], before[-1] * 2)
+    assert before.amin() >= 0
+
+
+def test_contributions_leave_no_hook():
+    model = make_model()
+    kv = model.read(TEXT)
+    attentions = [layer.self_attn for layer in model.hf_model.model.layers]
+    model.score(kv, scorer="reconstruction+")
+    assert not any(module._forward_pre_hooks for module in attentions)
+    with pytest.raises(KVzipError, match="chunk"):
+        model.score(kv, scorer="reconstruction+", score_chunk=0)
+    assert not any(module._forward_pre_hooks for module in attentions)
+
+
+def test_contributions_of_half_precision_are_accumulated_in_float32():
+    context = random_ids(60)
+    how = {"scorer": "reconstruction+"}
+    half = make_model("qwen2", dtype=torch.bfloat16).prefill(context, **how).scores.values
+    exact = shared_model("qwen2").prefill(context, **how).scores.values
+    assert half.dtype == torch.float32
+    assert len(half.unique()) > 0.9 * half.numel()
+    torch.testing.assert_close(half, exact, atol=0.1 * exact.max().item(), rtol=0.1)
+
+
+def test_contributions_need_a_plain_output_projection():
+    model = make_model()
+    kv = model.read(TEXT)
+    projection = model.hf_model.model.layers[1].self_attn.o_proj
+    projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(KVzipError, match="LlamaAttention has no plain weight matrix"):
+        model.score(kv, scorer="reconstruction+")
+
+
+def test_reach_belongs_to_scorers_that_repeat():
+    with pytest.raises(
+        KVzipError, match="'reconstruction' and 'reconstruction\\+', not to 'random'"
+    ):
+        shared_model().prefill(TEXT, scorer="random", reach="chunk")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -1,15 +1,18 @@
-"""Selection: exact counts, a total order, and clear errors."""
+"""Selection: exact counts, a total order, what must stay, and clear errors."""
 
 from collections import Counter
 from decimal import ROUND_FLOOR, Decimal
+from fractions import Fraction
+from math import floor
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvzip import KVzipError
+from kvzip import Budget, KVzipError
+from kvzip.budget import Footprint
 from kvzip.selection import LEVELS, select
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 40))
@@ -166,3 +169,145 @@ def test_a_head_that_lacks_pairs_is_an_error_at_other_levels(level):
     scores[0, 1, :3] = -torch.inf
     with pytest.raises(KVzipError, match="already evicted"):
         select(scores, 1.0, level)
+
+
+# Budgets other than a ratio, and what must stay
+
+PAIR, FIXED = 16, 1000
+
+
+@st.composite
+def problems(draw) -> tuple[Tensor, Budget, Fraction | None]:
+    """Scores, some of them of evicted pairs, a budget, and the pairs that it gives a head."""
+    size = draw(SIZES)
+    layers, heads, n = size
+    seed = draw(SEEDS)
+    generator = torch.Generator().manual_seed(seed)
+    evicted = torch.rand(size, generator=generator) < draw(st.sampled_from([0.0, 0.0, 0.1, 0.5]))
+    scores = random_scores(size, seed).masked_fill(evicted, -torch.inf)
+    must = {}
+    if draw(st.booleans()):
+        start = draw(st.integers(0, n - 1))
+        end = min(n, start + draw(st.integers(1, 3)))
+        must = {"min_per_head": draw(st.integers(0, 5)), "keep": [(start, end)]}
+    kind = draw(st.sampled_from(["ratio", "tokens", "bytes", "threshold"]))
+    if kind == "ratio":
+        ratio = draw(st.integers(1, 10)) / 10
+        return scores, Budget(ratio, **must), Fraction(repr(ratio)) * n
+    if kind == "tokens":
+        tokens = draw(st.integers(1, 500)) / 10
+        return scores, Budget(tokens=tokens, **must), min(Fraction(repr(tokens)), Fraction(n))
+    if kind == "bytes":
+        beside = draw(st.integers(0, PAIR * layers * heads * n + 50))
+        pairs = min(beside // PAIR, layers * heads * n)
+        return scores, Budget(bytes=FIXED + beside, **must), Fraction(pairs, layers * heads)
+    return scores, Budget(threshold=draw(st.integers(0, 5)) / 4, **must), None
+
+
+def oracle(scores: Tensor, budget: Budget, quota: Fraction | None, level: str) -> set | None:
+    """The pairs to keep, one by one in plain Python; None where the budget cannot be kept."""
+    layers, heads, n = scores.shape
+    names = [(layer, head) for layer in range(layers) for head in range(heads)]
+    value = {(*name, i): scores[(*name, i)].item() for name in names for i in range(n)}
+    held = {pair for pair, score in value.items() if score > -torch.inf}
+
+    def best(pairs: set, count: int) -> set:
+        order = sorted(pairs, key=lambda pair: (-value[pair], pair[2], pair[0], pair[1]))
+        return set(order[:count])
+
+    everything = {name: {(*name, i) for i in range(n)} for name in names}
+    required: dict = {}
+    for name in names:
+        kept = {(*name, i) for start, end in budget.keep for i in range(start, end)}
+        missing = max(0, min(budget.min_per_head, n) - len(kept))
+        required[name] = kept | best(everything[name] - kept, missing)
+    must = set().union(*required.values())
+    r = len(required[names[0]])
+    if not must <= held or (quota is not None and r > quota):
+        return None
+    limit = budget.ratio is None
+    tops = {name: max(value[pair] for pair in everything[name]) for name in names}
+    if quota is None:
+        if level == "pair":
+            return must | {pair for pair in held if value[pair] >= budget.threshold}
+        chosen = [name for name in names if tops[name] >= budget.threshold]
+    elif level == "pair":
+        count = floor(quota * len(names))
+        if count > len(held) and not limit:
+            return None
+        return must | best(held - must, min(count, len(held)) - len(must))
+    elif level == "pair-uniform":
+        count = floor(quota)
+        if not limit and any(len(everything[name] & held) < count for name in names):
+            return None
+        rest = (best((everything[name] & held) - must, count - r) for name in names)
+        return must.union(*rest)
+    else:
+        # as many whole heads as leave room for what the others must keep
+        count = max(
+            count
+            for count in range(len(names) + 1)
+            if count * n + (len(names) - count) * r <= quota * len(names)
+        )
+        there = sum(top > -torch.inf for top in tops.values())
+        if count > there and not limit:
+            return None
+        chosen = sorted(names, key=lambda name: (-tops[name], name))[: min(count, there)]
+    whole = must.union(*(everything[name] for name in chosen))
+    return whole if whole <= held else None
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=200)
+@given(problem=problems())
+def test_any_budget_keeps_what_an_oracle_keeps(level, problem):
+    scores, budget, quota = problem
+    if quota is None and level == "pair-uniform":
+        with pytest.raises(KVzipError, match="choose level 'pair' or 'head'"):
+            select(scores, budget, level)
+        return
+    expected = oracle(scores, budget, quota, level)
+    if expected is None:
+        with pytest.raises(KVzipError, match=r"already evicted|pairs a head"):
+            select(scores, budget, level, Footprint(FIXED, PAIR))
+        return
+    mask = select(scores, budget, level, Footprint(FIXED, PAIR))
+    assert (mask.dtype, mask.shape) == (torch.bool, scores.shape)
+    assert chosen(mask) == expected
+    if quota is not None:
+        assert len(expected) <= quota * scores.shape[0] * scores.shape[1]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@given(size=SIZES, one=RATIOS, other=RATIOS, seed=SEEDS)
+def test_a_smaller_budget_keeps_a_subset_beside_what_must_stay(level, size, one, other, seed):
+    scores = random_scores(size, seed)
+    must = {"min_per_head": 1, "keep": [(0, 1)]}
+    ratios = [min(1.0, ratio + 1 / size[2]) for ratio in sorted((one, other))]
+    small, large = (select(scores, Budget(ratio, **must), level) for ratio in ratios)
+    assert not (small & ~large).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threshold", [0.1, 0.7, -4.3])
+def test_a_threshold_is_rounded_like_the_scores(dtype, threshold):
+    exact = torch.tensor(threshold, dtype=dtype)
+    scores = torch.stack([exact, torch.nextafter(exact.double(), torch.tensor(-9.0).double())])
+    assert select(scores.to(dtype).view(1, 1, 2), Budget(threshold=threshold))[0, 0, 0]
+    below = torch.nextafter(exact, torch.tensor(-torch.inf, dtype=dtype))
+    assert not select(below.view(1, 1, 1), Budget(threshold=threshold)).any()
+
+
+def test_scores_of_infinity_do_not_displace_what_must_stay():
+    scores = torch.tensor([[[torch.inf, torch.inf, torch.inf, 0.0]]])
+    mask = select(scores, Budget(tokens=2, min_per_head=2, keep=[(3, 4)]))
+    assert mask[0, 0].tolist() == [True, False, False, True]
+
+
+def test_spans_count_for_the_pairs_of_a_head_and_its_best_others_are_added():
+    scores = torch.tensor([[[0.9, 0.8, 0.2, 0.3, 0.1], [0.4, 0.5, 0.1, 0.2, 0.3]]])
+    budget = Budget(tokens=3, min_per_head=3, keep=[(0, 2)])
+    assert select(scores, budget)[0].tolist() == [
+        [True, True, False, True, False],
+        [True, True, False, False, True],
+    ]

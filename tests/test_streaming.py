@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import kvzip.scoring.chunks as chunks
 import kvzip.streaming as streaming
-from kvzip import ContextCache, KVzipError, ModelKVzip
+from kvzip import ContextCache, KVzipError, ModelKVzip, Scores
 from kvzip.layers import ContextLayer, Layer
+from kvzip.scoring.chunks import RepeatedChunks
 from kvzip.streaming import chunks_of
 from models import (
     QUESTIONS,
@@ -422,8 +424,8 @@ def test_memory_peaks_at_kept_pairs_a_chunk_and_a_layer(kind, size, budget, monk
 
     watch("absorb", ContextLayer)
     watch("prune", ContextLayer)
-    watch("repeat", streaming)
-    watch("_repeating", streaming)
+    watch("repeat", chunks)
+    watch("_repeating", chunks)
     watch("update", Layer)
     kv.extend(ids[size:], chunk_size=size, budget=budget)
     assert len(over) >= 3 * (1 + layers)
@@ -434,16 +436,15 @@ def test_memory_peaks_at_kept_pairs_a_chunk_and_a_layer(kind, size, budget, monk
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_chunk_takes_no_more_than_its_own_pairs(kind, monkeypatch):
     model, ids = shared_model(kind), random_ids(225)
-    inner, held = streaming._read_and_score, []
+    inner, held = RepeatedChunks.read, []
 
-    def read_and_score(*args: Any) -> Tensor:
-        kv, chunk = args[2:4]
-        kept, scores = kv.nbytes, inner(*args)
+    def read(scorer: RepeatedChunks, kv: ContextCache, chunk: Tensor) -> Scores:
+        kept, scores = kv.nbytes, inner(scorer, kv, chunk)
         pairs = len(kv.layers) * 2 * len(chunk)
         held.append((kv.nbytes, kept + pairs * pair_bytes(kv)))
         return scores
 
-    monkeypatch.setattr(streaming, "_read_and_score", read_and_score)
+    monkeypatch.setattr(RepeatedChunks, "read", read)
     stream(model, ids, chunk_size=75)
     assert len(held) == 3
     assert all(now <= allowed for now, allowed in held), held
@@ -465,7 +466,7 @@ def test_an_interruption_leaves_the_last_whole_chunk(kind, budget, where, monkey
     model, ids = shared_model(kind), random_ids(4 * CHUNK)
     how = {"chunk_size": CHUNK, "budget": budget}
     kv = stream(model, ids[:CHUNK], budget=budget)
-    inner, calls = streaming._read_and_score, []
+    inner, calls = RepeatedChunks.read, []
 
     def pieces() -> Iterator[Tensor]:
         yield ids[CHUNK : 3 * CHUNK]
@@ -478,7 +479,7 @@ def test_an_interruption_leaves_the_last_whole_chunk(kind, budget, where, monkey
         if where == "progress" and done == 2 * CHUNK:
             raise StopError
 
-    def read_and_score(*args: Any) -> Tensor:
+    def read(*args: Any) -> Scores:
         scores = inner(*args)
         calls.append(scores)
         if where == "repeat" and len(calls) == 3:
@@ -489,7 +490,7 @@ def test_an_interruption_leaves_the_last_whole_chunk(kind, budget, where, monkey
         if where == "forward" and len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(streaming, "_read_and_score", read_and_score)
+    monkeypatch.setattr(RepeatedChunks, "read", read)
     hook = model.hf_model.base_model.layers[1].register_forward_hook(forward)
     try:
         with pytest.raises((StopError, KeyboardInterrupt)):
@@ -549,7 +550,7 @@ def test_the_ratio_is_that_of_the_chunks_read_when_interrupted():
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"chunk_size": -3}, "chunk_size is -3"),
         ({"score_chunk": 0}, "score_chunk is 0"),
-        ({"load_score": True}, "streaming scores by reconstruction"),
+        ({"load_score": True}, "leave out load_score"),
     ],
     ids=str,
 )
@@ -644,8 +645,8 @@ def test_scores_that_are_no_numbers_are_refused(monkeypatch):
     model, ids = shared_model(), random_ids(2 * CHUNK)
     kv = stream(model, ids[:CHUNK])
     before = snapshot(kv)
-    inner = streaming.repeat
-    monkeypatch.setattr(streaming, "repeat", lambda *args: inner(*args) * torch.nan)
+    inner = chunks.repeat
+    monkeypatch.setattr(chunks, "repeat", lambda *args: inner(*args) * torch.nan)
     with pytest.raises(KVzipError, match="NaN"):
         kv.extend(ids[CHUNK:])
     assert_same(snapshot(kv), before)

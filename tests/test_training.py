@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "training"))
 import corpus  # noqa: E402
 import evaluate  # noqa: E402
 import muon  # noqa: E402
+import surrogate_text  # noqa: E402
 import train  # noqa: E402
 
 
@@ -203,3 +204,10 @@ def test_demo_questions_cover_the_families(encoder: corpus.Encoder) -> None:
     assert 2500 <= encoder.count(document) <= 3000
     assert {question["family"] for question in questions} == set(corpus.MIXTURE)
     assert len({question["question"] for question in questions}) == len(questions) >= 10
+
+
+def test_surrogates_learn_from_documents_of_all_sizes(encoder: corpus.Encoder) -> None:
+    texts = [surrogate_text.text(encoder, number) for number in range(9)]
+    assert texts == [surrogate_text.text(encoder, number) for number in range(9)]
+    sizes = sorted(map(encoder.count, texts))
+    assert surrogate_text.SHORTEST / 2 < sizes[0] < sizes[-1] <= surrogate_text.LONGEST

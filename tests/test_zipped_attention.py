@@ -1,6 +1,7 @@
 """The Triton kernel for zipped attention against float64, unwritten memory being NaN."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from kernels import (
     GROUPS,
     KERNEL_DTYPES,
     LENGTHS,
+    LOGITS,
     MARKS,
     ON_GPU,
+    Dense,
     Zipped,
     assert_near,
     poison,
@@ -257,6 +260,30 @@ def test_any_division_among_programs(monkeypatch, programs):
     Zipped([500, 0, 333], t=9, group=8, tail=2).check(kernel)
 
 
+@by_dtype
+@pytest.mark.parametrize("how", LOGITS.values(), ids=LOGITS)
+@pytest.mark.parametrize("lengths", [[0, 1, 37], [130, 0, 0], [0, 0, 0]], ids=str)
+def test_capped_logits_and_sinks(lengths, how, dtype):
+    Zipped(lengths, t=1, tail=2, group=3, dtype=dtype, **how).check(kernel)
+    Zipped(lengths, t=70, batch=2, starts=[0, 9], dtype=dtype, **how).check(kernel)
+
+
+@pytest.mark.parametrize("how", LOGITS.values(), ids=LOGITS)
+def test_capped_logits_and_sinks_in_a_window(how):
+    Zipped([39, 39], batch=2, t=3, tail=30, starts=[0, 8], window=40, **how).check(kernel)
+    Zipped([39, 39], tail=300, window=40, on_device=True, **how).check(kernel)
+
+
+def test_sinks_as_large_as_any_logit():
+    """A sink takes all of the softmax, or none of it."""
+    case = Zipped([70, 0], group=2, t=2)
+    for sink in (-1e4, 1e4):
+        sinks = torch.tensor([sink] * 4, device=DEVICE)
+        case.logits = replace(case.logits, sinks=sinks)
+        got = case.check(kernel)
+        assert bool((got == 0).all()) == (sink > 0)
+
+
 def test_outputs_have_tokens_before_heads():
     """As the output projection reads them, so that nothing is copied behind."""
     out = Zipped([3, 4, 5], batch=3, t=2).run(kernel)
@@ -266,27 +293,19 @@ def test_outputs_have_tokens_before_heads():
 
 @pytest.mark.parametrize(("t", "tail"), [(16, 0), (33, 7)])
 @pytest.mark.parametrize("lengths", [[0, 70, 111], [0, 0], [5, 0, 260]], ids=str)
-def test_long_queries_are_blended(monkeypatch, lengths, t, tail):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_long_queries_are_blended(monkeypatch, sinks, lengths, t, tail):
     """The chunk, what is in front of it, and the context: three results, one softmax."""
-    asked = []
-
-    def attend_somehow(query, keys, values, scale, causal):
-        asked.append((keys.shape[2], causal))
-        group = query.shape[1] // keys.shape[1]
-        keys, values = (part.repeat_interleave(group, dim=1).double() for part in (keys, values))
-        logits = query.double() @ keys.mT * scale
-        if causal:
-            hidden = torch.ones(logits.shape[-2:], device=DEVICE).triu(1).bool()
-            logits = logits.masked_fill(hidden, -torch.inf)
-        return (logits.softmax(-1) @ values).float(), logits.logsumexp(-1).float()
-
-    monkeypatch.setattr(zipped_attention, "fastest", lambda *args: attend_somehow)
+    dense = Dense()
+    monkeypatch.setattr(zipped_attention, "fastest", lambda *args: dense)
     monkeypatch.setattr(zipped_attention, "LONG_QUERY", 16)
-    Zipped(lengths, batch=2, t=t, tail=tail).check(kernel)
-    assert asked == ([(t, True), (tail, False)] if tail else [(t, True)])
+    Zipped(lengths, batch=2, t=t, tail=tail, sinks=sinks).check(kernel)
+    assert dense.asked == ([(t, True), (tail, False)] if tail else [(t, True)])
 
 
-@pytest.mark.parametrize("how", [{"on_device": True}, {"starts": [3, 0]}, {"window": 40}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"on_device": True}, {"starts": [3, 0]}, {"window": 40}, {"softcap": 2.0}], ids=str
+)
 def test_long_queries_that_no_dense_kernel_takes(monkeypatch, how):
     monkeypatch.setattr(zipped_attention, "fastest", lambda *args: 1 / 0)
     monkeypatch.setattr(zipped_attention, "LONG_QUERY", 16)

@@ -13,18 +13,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvzip.budget import Budget
     from kvzip.cache import ContextCache, Scores
     from kvzip.errors import KVzipError
     from kvzip.model import ModelKVzip
+    from kvzip.shrinking import Shrinking
 
 __version__ = "0.1.0"
-__all__ = ["ContextCache", "KVzipError", "ModelKVzip", "Scores", "__version__"]
+__all__ = [
+    "Budget",
+    "ContextCache",
+    "KVzipError",
+    "ModelKVzip",
+    "Scores",
+    "Shrinking",
+    "__version__",
+]
 
 _HOMES = {
+    "Budget": "kvzip.budget",
     "ContextCache": "kvzip.cache",
     "KVzipError": "kvzip.errors",
     "ModelKVzip": "kvzip.model",
     "Scores": "kvzip.cache",
+    "Shrinking": "kvzip.shrinking",
 }
 
 

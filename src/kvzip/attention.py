@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvzip.errors import KVzipError
+from kvzip.kernels.logits import Logits
 
 IMPLEMENTATION = "kvzip"
 
@@ -29,7 +30,7 @@ HARMLESS = frozenset({"cache_position", "logits_to_keep", "position_ids", "token
 class AttendingLayer(Protocol):
     """What a cache layer must offer to stand in for the key tensor."""
 
-    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
         """Attend from `[B, Hq, t, D]` to everything the layer holds; same shape back."""
         ...
 
@@ -43,6 +44,8 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function in transformers' interface.
@@ -56,6 +59,8 @@ def attention(
         scaling: factor on the logits, `D ** -0.5` if None.
         dropout: must be 0 with a kvzip cache.
         sliding_window: window of this layer in tokens, or None.
+        softcap: bound of the logits, or None (see `kernels.logits.Logits`).
+        s_aux: `[Hq]`, sinks, or None (see the same).
         kwargs: whatever else the model passes; anything that would change the result is refused.
 
     Returns:
@@ -79,7 +84,20 @@ def attention(
             "a kvzip cache does not implement: use this model without a kvzip cache"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return key.attend(query, scale, sliding_window).transpose(1, 2), None
+    out = _attend(key, query, scale, softcap, s_aux, sliding_window)
+    return out.transpose(1, 2).contiguous(), None  # some models take a view of it
+
+
+@torch.compiler.disable  # what happens here is in-place, and no matter for a compiler
+def _attend(
+    layer: AttendingLayer,
+    query: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    return layer.attend(query, Logits(scale, softcap or None, sinks), window)
 
 
 def _is_set(argument: Any) -> bool:

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvzip.cache import ContextCache
 from kvzip.errors import KVzipError
 from kvzip.room import Decoder, Room
+from kvzip.shrinking import Shrinker
 
 DEFAULT_NEW_TOKENS = 512
 
@@ -68,6 +69,7 @@ def generate(
     max_positions: int,
     update_cache: bool = False,
     streamer: BaseStreamer | None = None,
+    shrinker: Shrinker | None = None,
     **settings: Any,
 ) -> Tensor:
     """Answer one question.
@@ -82,22 +84,36 @@ def generate(
         max_positions: positions that the model was made for.
         update_cache: whether to keep question and answer in the cache.
         streamer: gets the question and then each new token.
+        shrinker: evicts of what stands behind the context whenever its space is full; None keeps
+            all of it.
         settings: of transformers' `GenerationConfig`, such as `max_new_tokens`, `do_sample`,
             `temperature`, `stop_strings` or `eos_token_id`.
 
     Returns:
         `[tokens]`, int64, on the CPU: the answer with its end token, if it came to that.
+
+    Warns:
+        KVzipWarning: if the shrinker has kept nothing.
     """
-    _refuse_unknown_tail(kv)
+    refuse_unknown_tail(kv)
     if not len(query_ids):
         raise KVzipError("the question is empty")
     sequence = torch.cat([kv.token_ids, query_ids.cpu()])
     settings = _settings(decoder.model, settings, len(sequence), max_positions)
     new_tokens = len(sequence) - kv.seen_tokens + settings["max_new_tokens"]
-    room = decoder.room(kv, columns=kv.tail_length + new_tokens)
+    columns = kv.tail_length + new_tokens
+    if shrinker is None:
+        room = decoder.room(kv, columns=columns)
+    else:
+        if update_cache:
+            shrinker.check(kv)
+        room = decoder.private_room(kv, columns=min(columns, shrinker.how.columns))
     if streamer is not None:
         streamer.put(query_ids.cpu())
-    answer = _run(room, tokenizer, sequence[None], settings, streamer=streamer)[0]
+    run = _run(room, tokenizer, sequence[None], settings, streamer=streamer, shrinker=shrinker)
+    answer = run[0]
+    if shrinker is not None:
+        shrinker.warn_if_all_gone(room.cache, kv.document.context_length)
     if update_cache:
         kv.adopt(room.cache, torch.cat([query_ids.cpu(), answer]))
     return answer
@@ -115,6 +131,7 @@ def generate_batch(
     """Answer several questions on one context in one go; the cache is not changed.
 
     Rows are padded on the left behind the context, which is shared; a row never sees its padding.
+    Layers of linear attention would: with them, questions are answered one after the other.
 
     Args:
         decoder: runs the model that made the cache.
@@ -127,7 +144,14 @@ def generate_batch(
     Returns:
         `[tokens]`, int64, on the CPU, for each question.
     """
-    _refuse_unknown_tail(kv)
+    refuse_unknown_tail(kv)
+    if kv.stateful and len(queries) > 1:
+        return [
+            generate_batch(
+                decoder, tokenizer, kv, [query], max_positions=max_positions, **settings
+            )[0]
+            for query in queries
+        ]
     rows = [torch.cat([kv.history, query.cpu()]) for query in queries]
     longest = max(len(row) for row in rows)
     context = kv.document.token_ids
@@ -158,6 +182,7 @@ def _run(
     settings: dict[str, Any],
     *,
     streamer: BaseStreamer | None = None,
+    shrinker: Shrinker | None = None,
     position_ids: Tensor | None = None,
 ) -> list[Tensor]:
     """Continue `[B, s]` sequences, of which the room's cache has seen a part; their new tokens."""
@@ -175,7 +200,7 @@ def _run(
         past_key_values=room.cache,
         stopping_criteria=criteria,
         stop_strings=None,
-        custom_generate=partial(decode, room=room, streamer=streamer),
+        custom_generate=partial(decode, room=room, streamer=streamer, shrinker=shrinker),
         **settings,
     )
     rows = zip(output[:, sequences.shape[1] :].cpu(), lengths.tolist(), strict=True)
@@ -191,6 +216,7 @@ def decode(
     *,
     room: Room,
     streamer: BaseStreamer | None = None,
+    shrinker: Shrinker | None = None,
     **prepared: Any,
 ) -> tuple[Tensor, Tensor]:
     """Read what the room has not seen, then decode token after token until every row has ended.
@@ -208,6 +234,7 @@ def decode(
         generation_config: says whether to sample.
         room: where to decode; its tails grow by all but the last new token.
         streamer: gets each new token.
+        shrinker: makes space in a room that is too small for all of an answer, of a single row.
         prepared: what else transformers prepared for the model: of it, `position_ids` `[B, s]` are
             needed.
 
@@ -223,7 +250,8 @@ def decode(
     while True:
         scores = logits_processor(input_ids, logits.float())
         if generation_config.do_sample:
-            chosen = torch.multinomial(scores.softmax(-1), num_samples=1)
+            drawn = torch.multinomial(scores.softmax(-1), num_samples=1)
+            chosen = room.cache.division.agreed(drawn)
         else:
             chosen = scores.argmax(-1, keepdim=True)
         tokens = torch.where(unfinished[:, None], chosen, input_ids[:, :1])
@@ -232,7 +260,8 @@ def decode(
         lengths += unfinished
         unfinished = unfinished & ~stopping_criteria(input_ids, None)
         reported = _send_to_host(torch.cat([tokens.flatten(), unfinished]))
-        ahead = room.recorded and input_ids.shape[1] < generation_config.max_length
+        more = input_ids.shape[1] < generation_config.max_length
+        ahead = room.recorded and not room.full and more
         if ahead:
             logits = room.step(tokens, positions)
         said, going = reported().split(len(tokens))
@@ -241,6 +270,8 @@ def decode(
         if not going.any():
             break
         if not ahead:
+            if shrinker is not None and room.full:
+                room.shrink(shrinker, input_ids)
             logits = room.step(tokens, positions)
     if ahead:
         room.take_back()
@@ -280,6 +311,10 @@ def _settings(
             f"{', '.join(given)} cannot be set here: say how long an answer may be with "
             "max_new_tokens, and use hf_model.generate with kv.fork() for the rest"
         )
+    if images := sorted(name for name in settings if name.startswith(("image_", "pixel_values"))):
+        raise KVzipError(
+            f"{', '.join(images)} cannot be read: a kvzip cache holds text, ask about text only"
+        )
     config = settings.get("generation_config")
     for name, value in FIXED.items():
         if (settings.get(name, getattr(config, name, None)) or value) != value:
@@ -297,7 +332,7 @@ def _settings(
     return {**({} if sampled else GREEDY), **settings, **fixed}
 
 
-def _refuse_unknown_tail(kv: ContextCache) -> None:
+def refuse_unknown_tail(kv: ContextCache) -> None:
     """Raise KVzipError if the tail holds tokens that only whoever put them there knows."""
     if kv.seen_tokens > len(kv.token_ids):
         raise KVzipError(

@@ -21,6 +21,10 @@ Forward = Callable[..., Any]
 Step = Callable[[Tensor, Tensor], Tensor]
 """tokens `[B, 1]`, positions `[B, 1]` -> logits `[B, V]`."""
 
+MOST_FUSED = 8
+"""Operations that the compiler makes one kernel of: on an H200, a layer's products read memory at
+87 % of its speed with 8, and at 66 to 75 % with the compiler's own 64."""
+
 WARM_UP_RUNS = 2
 """Runs before recording: kernels are compiled and libraries set up while that is allowed."""
 
@@ -43,9 +47,14 @@ def compile_forward(model: PreTrainedModel) -> Forward:
 
     Every layer is compiled for itself, since layers tell the cache which one they are. Tuning
     replaces products of a matrix and a single token, which libraries do at three quarters of the
-    memory's speed, by kernels that are searched for: it takes most of the time.
+    memory's speed, by kernels that are searched for: it takes most of the time. What is in front of
+    such a product must not become a part of it, or it is computed again for every row.
     """
-    compiled = torch.compile(model, dynamic=False, options={"coordinate_descent_tuning": True})
+    compiled = torch.compile(
+        model,
+        dynamic=False,
+        options={"coordinate_descent_tuning": True, "max_fusion_size": MOST_FUSED},
+    )
     layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
     limits = {"recompile_limit": 8 * layers, "accumulated_recompile_limit": 64 * layers}
 

@@ -12,92 +12,16 @@ heads are equally long.
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvzip.errors import KVzipError
 from kvzip.kernels import Operations
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Keys and values of one layer, packed head after head in the order of their positions.
-
-    Attributes:
-        keys: `[rows, D]`.
-        values: `[rows, D]`.
-        kept: `[H, s]`, bool, on the CPU: which of the s positions each head holds.
-        lengths: `[H]`, int64, on the CPU: rows of each head, counted if None.
-    """
-
-    keys: Tensor
-    values: Tensor
-    kept: Tensor
-    lengths: Tensor | None = None
-
-    @classmethod
-    def dense(cls, keys: Tensor, values: Tensor) -> "Pairs":
-        """View contiguous `[H, s, D]` keys and values as packed pairs, without a copy."""
-        kept = torch.ones(keys.shape[:2], dtype=torch.bool)
-        return cls(keys.flatten(0, 1), values.flatten(0, 1), kept)
-
-    @cached_property
-    def indptr(self) -> Tensor:
-        """`[H + 1]`, int64, where the keys are: head `h` owns rows `indptr[h]:indptr[h + 1]`."""
-        return F.pad(self.counts.cumsum(0), (1, 0)).to(self.keys.device)
-
-    @cached_property
-    def counts(self) -> Tensor:
-        """`[H]`, int64, on the CPU: rows of each head."""
-        return self.kept.sum(1) if self.lengths is None else self.lengths
-
-    def dense_keys(self) -> Tensor:
-        """Keys as `[H, s, D]`; only where nothing is evicted."""
-        return self.keys.view(*self.kept.shape, -1)
-
-    def dense_values(self) -> Tensor:
-        """Values as `[H, s, D]`; only where nothing is evicted."""
-        return self.values.view(*self.kept.shape, -1)
-
-    def keep(self, kept: Tensor, operations: Operations) -> "Pairs":
-        """Copy the pairs at `kept` (`[H, s]`, bool, a subset of what is held)."""
-        rows = kept.flatten() if self.kept.all() else kept[self.kept.to(kept.device)]
-        if rows.all():
-            return self
-        keys, values = operations.compact(self.keys, self.values, rows.to(self.keys.device))
-        return Pairs(keys, values, kept.cpu())
-
-    def extend(self, keys: Tensor, values: Tensor, kept: Tensor, operations: Operations) -> "Pairs":
-        """Copy these pairs and, of the tokens behind them, those at `kept`.
-
-        Args:
-            keys: `[H, t, D]`, of the tokens behind.
-            values: `[H, t, D]`.
-            kept: `[H, t]`, bool, on the keys' device.
-            operations: how to compact.
-        """
-        new_keys, new_values = operations.compact(
-            keys.flatten(0, 1), values.flatten(0, 1), kept.flatten()
-        )
-        kept = kept.cpu()
-        counts, new_counts = self.counts, kept.sum(1)
-        return Pairs(
-            _interleave(self.keys, counts, new_keys, new_counts),
-            _interleave(self.values, counts, new_values, new_counts),
-            torch.cat([self.kept, kept], dim=1),
-            counts + new_counts,
-        )
-
-
-def _interleave(rows: Tensor, counts: Tensor, new_rows: Tensor, new_counts: Tensor) -> Tensor:
-    """Rows of each head, and behind them its new rows."""
-    parts = zip(rows.split(counts.tolist()), new_rows.split(new_counts.tolist()), strict=True)
-    return torch.cat([part for pair in parts for part in pair])
+from kvzip.kernels.logits import Logits
+from kvzip.kernels.quantization import Quantization
+from kvzip.pairs import Pairs, QuantizedPairs
 
 
 class Tail:
@@ -143,6 +67,15 @@ class Tail:
         elif _capacity(length) < self.buffers[0].shape[2]:
             self._resize(_capacity(length), *self.buffers)
 
+    def drop_first(self, count: int) -> None:
+        """Forget the first `count` tokens, and free the memory that they took."""
+        if not 0 <= count <= self.length:
+            raise KVzipError(f"a tail of {self.length} tokens has no first {count}")
+        rest = [part[:, :, count:] for part in self.view()]
+        self.truncate(0)
+        if rest[0].shape[2]:
+            self.append(*rest)
+
     def _resize(self, capacity: int, *like: Tensor) -> None:
         held = self.view() if self.buffers else ()
         self.buffers = tuple(_columns(part, capacity) for part in like)
@@ -173,7 +106,7 @@ class Layer(CacheLayerMixin):
         """Store new pairs, `[B, H, t, D]`."""
 
     @abstractmethod
-    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
         """Attend from `[B, Hq, t, D]` to everything stored, causally; same shape back."""
 
     @torch.compiler.disable  # what happens here is in-place, and no matter for a compiler
@@ -226,7 +159,7 @@ class AnsweringLayer(Layer):
     def __init__(
         self,
         seen: int,
-        context: Pairs,
+        context: Pairs | QuantizedPairs,
         tail: Tail,
         operations: Operations,
         window: int | None = None,
@@ -245,29 +178,55 @@ class AnsweringLayer(Layer):
 
     @abstractmethod
     def absorb(self, kept: Tensor) -> None:
-        """Make the tail a part of the context, all of it or the pairs at `kept`, `[H, t]`, bool."""
+        """Make the first t tokens of the tail a part of the context, and free what they took of it.
+
+        Args:
+            kept: `[H, t]`, bool: which of their pairs stay, where a layer can do without any.
+        """
 
     def context_tensors(self) -> Iterable[Tensor]:
         """The tensors that hold the context's pairs."""
-        yield from (self.context.keys, self.context.values)
+        yield from self.context.tensors().values()
+
+    def tail_tensors(self) -> Iterable[Tensor]:
+        """The tensors that hold the tail's pairs."""
+        yield from self.tail.buffers
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new pairs in the tail."""
         self.tail.append(keys, values)
 
-    @torch.compiler.disable
-    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def restart(self, other: "AnsweringLayer | None") -> None:
+        """Start again: with a copy of another layer's tail, or an empty one; buffers stay."""
+        self.tail.length = 0
+        if other is not None and other.tail.length:
+            self.tail.append(*other.tail.view())
+
+    def adopt(self, answered: "AnsweringLayer") -> None:
+        """Take over what a fork, whose tail began as a copy of this one's, has come to."""
+        if answered.seen == self.seen:
+            self.tail.append(*(part[:, :, self.tail.length :] for part in answered.tail.view()))
+            return
+        self.context, self.seen = answered.context, answered.seen
+        self.tail = Tail(room=answered.tail.length)
+        self.tail.append(*answered.tail.view())
+
+    def truncate(self, length: int) -> None:
+        """Forget everything behind the first `length` tokens of the tail."""
+        self.tail.truncate(length)
+
+    def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
         """Attend to what the window leaves of the context and, causally, to the tail."""
         tail_keys, tail_values, tail_length = self.tail.columns()
         starts = self.tail.starts
-        return self.operations.zipped_attention(
+        return self.context.attention(self.operations)(
             query,
             self.context.keys,
             self.context.values,
             self.context.indptr,
             tail_keys,
             tail_values,
-            scale,
+            logits,
             tail_length=tail_length,
             starts=None if starts is None else starts.to(query.device),
             window=self.window,
@@ -292,16 +251,16 @@ class ContextLayer(AnsweringLayer):
     def __init__(
         self,
         seen: int,
-        context: Pairs,
+        context: Pairs | QuantizedPairs,
         tail: Tail,
         operations: Operations,
-        retained: Pairs | None = None,
+        retained: Pairs | QuantizedPairs | None = None,
     ) -> None:
         super().__init__(seen, context, tail, operations)
         self.retained = retained
 
     @property
-    def held(self) -> Pairs:
+    def held(self) -> Pairs | QuantizedPairs:
         """The pairs that pruning chooses from."""
         return self.retained or self.context
 
@@ -309,21 +268,28 @@ class ContextLayer(AnsweringLayer):
         """A layer that shares this context, with another tail."""
         return ContextLayer(self.seen, self.context, tail, self.operations, self.retained)
 
-    def prune(self, kept: Tensor) -> None:
-        """Hold the pairs at `kept` only, `[H, s]`, bool; they must be among those `held`."""
-        self.context = self.held.keep(kept, self.operations)
+    def prune(self, kept: Tensor, how: Quantization | None = None) -> None:
+        """Hold the pairs at `kept` only, `[H, s]`, bool; they must be among those `held`.
+
+        Args:
+            kept: which ones.
+            how: quantise them so; None leaves them as they are held.
+        """
+        context = self.held.keep(kept, self.operations)
+        self.context = context if how is None else context.quantize(how)
 
     def absorb(self, kept: Tensor) -> None:
-        """Make the pairs at `kept` of the tail a part of the context, and free the others."""
-        keys, values = (part[0] for part in self.tail.view())
-        self.context = self.context.extend(keys, values, kept, self.operations)
-        self.seen += self.tail.length
-        self.tail.truncate(0)
+        """Make the pairs at `kept` of the tail's first tokens context, and free the others."""
+        count = kept.shape[1]
+        keys, values = (part[0, :, :count] for part in self.tail.view())
+        self.context = self.context.extend(keys, values, kept.to(keys.device), self.operations)
+        self.seen += count
+        self.tail.drop_first(count)
 
     def context_tensors(self) -> Iterable[Tensor]:
         """Keys and values of the context, and of what it was pruned from where that is retained."""
         yield from super().context_tensors()
-        yield from (self.held.keys, self.held.values)
+        yield from self.held.tensors().values()
 
 
 class SlidingLayer(AnsweringLayer):
@@ -333,15 +299,17 @@ class SlidingLayer(AnsweringLayer):
     """
 
     is_sliding = True
+    context: Pairs
 
-    def last_tokens(self) -> Pairs:
-        """What a query behind the tail sees of context and tail."""
-        if not self.tail.length:
+    def last_tokens(self, count: int | None = None) -> Pairs:
+        """What a query sees of context and tail: behind `count` tokens of the tail, or all."""
+        count = self.tail.length if count is None else count
+        if not count:
             return self.context
         assert self.window is not None
         context = self.context.dense_keys(), self.context.dense_values()
         joined = (
-            torch.cat([old, new[0]], dim=1)
+            torch.cat([old, new[0, :, :count]], dim=1)
             for old, new in zip(context, self.tail.view(), strict=True)
         )
         # a copy even where it looks contiguous: a view would hold all of it
@@ -349,10 +317,11 @@ class SlidingLayer(AnsweringLayer):
         return Pairs.dense(*(part.contiguous() for part in last))
 
     def absorb(self, kept: Tensor) -> None:
-        """Make the tail a part of the context, which holds the last tokens of both."""
-        self.context = self.last_tokens()
-        self.seen += self.tail.length
-        self.tail.truncate(0)
+        """Make the tail's first tokens context, which holds the last tokens of both."""
+        count = kept.shape[1]
+        self.context = self.last_tokens(count)
+        self.seen += count
+        self.tail.drop_first(count)
 
     def fork(self, tail: Tail) -> "SlidingLayer":
         """A layer that shares this context, with another tail."""

@@ -1,6 +1,7 @@
 """From a name to a model and its tokenizer."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -12,18 +13,30 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DistributedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from kvzip import quantized_weights
 from kvzip.attention import IMPLEMENTATION
 from kvzip.errors import KVzipError
 from kvzip.geometry import refuse_layer_types
+from kvzip.parallel import check_processes
 
 # Arguments of `from_pretrained` that say where and how files are found.
 HUB_ARGUMENTS = frozenset(
     {"cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code"}
 )
+
+PLACING = ("device_map", "tp_plan", "distributed_config")
+"""Arguments of `from_pretrained` that say where a model goes."""
+
+EXCLUSIVE = (
+    ("device", *PLACING),
+    ("quantization", "quantization_config", "tp_plan", "distributed_config"),
+)
+"""Groups of arguments of which one at most may be given."""
 
 BUNDLED = "bundled"
 """Name of the small model that comes with this package."""
@@ -95,6 +108,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    quantization: str | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for inference, and its tokenizer.
@@ -103,12 +117,20 @@ def load(
         name: see `resolve`.
         dtype: dtype of the weights; the checkpoint's on a GPU and float32 on a CPU if None.
         device: where to put it, the first GPU or else the CPU if None.
+        quantization: what to quantise its weights to (see `quantized_weights`), or None.
         kwargs: passed on to transformers' `from_pretrained` (`revision`, `token`, ...).
 
     Raises:
         KVzipError: if the model is unknown or cannot be had.
     """
     published = resolve(name)
+    _refuse_clashes({**kwargs, "device": device, "quantization": quantization})
+    if quantization is not None:
+        quantized_weights.check(quantization)
+    if plan := kwargs.pop("tp_plan", None):
+        kwargs["distributed_config"] = DistributedConfig(tp_plan=plan)
+    if kwargs.get("distributed_config") is not None:
+        check_processes()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
@@ -117,6 +139,19 @@ def load(
     try:
         config = _config(published, hub)
         refuse_layer_types(config.get_text_config(decoder=True))
+        quantized = getattr(config, "quantization_config", None) is not None
+        if quantization is not None:
+            if quantized:
+                raise KVzipError(
+                    f"the weights of {name} are quantised already: leave out quantization"
+                )
+            kwargs["quantization_config"] = quantized_weights.config(
+                quantization, torch.device(device), _dtype(dtype, config)
+            )
+        placed = any(kwargs.get(argument) is not None for argument in PLACING)
+        if not placed and (quantized or "quantization_config" in kwargs):
+            kwargs["device_map"] = {"": device}  # such weights are made where they stay
+            placed = True
         model = AutoModelForCausalLM.from_pretrained(
             published.repository,
             config=config,
@@ -125,7 +160,7 @@ def load(
             **kwargs,
         )
         tokenizer = AutoTokenizer.from_pretrained(published.repository, **hub)
-        if "device_map" not in kwargs:
+        if not placed:
             model = model.to(device)
     except KVzipError:
         raise
@@ -133,6 +168,22 @@ def load(
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise KVzipError(f"model {name!r} cannot be loaded: {cause}") from error
     return model.eval(), tokenizer
+
+
+def _refuse_clashes(given: Mapping[str, Any]) -> None:
+    """Raise KVzipError for arguments of which two say the same, or that do not work together."""
+    for group in EXCLUSIVE:
+        clash = [name for name in group if given.get(name) is not None]
+        if len(clash) > 1:
+            raise KVzipError(f"{' and '.join(clash)} do not go together: leave out one")
+
+
+def _dtype(dtype: torch.dtype | str, config: Any) -> torch.dtype:
+    """What `from_pretrained` makes of a dtype."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = config.get_text_config(decoder=True).dtype if dtype == "auto" else dtype
+    return found if isinstance(found, torch.dtype) else getattr(torch, found or "float32")
 
 
 def _config(published: Published, hub: dict[str, Any]) -> Any:

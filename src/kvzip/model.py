@@ -1,6 +1,7 @@
 """ModelKVzip: read once, evict, ask anything. Each method is one stage, in order."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from kvzip import attention, decoding, fingerprint, loading, storage, streaming
+from kvzip import (
+    attention,
+    decoding,
+    fingerprint,
+    loading,
+    parallel,
+    shrinking,
+    spans,
+    storage,
+    streaming,
+    surrogates,
+    weights,
+)
+from kvzip.budget import Budget, Span
 from kvzip.cache import KV_TYPES, ContextCache, Document, Origin
 from kvzip.errors import KVzipError
 from kvzip.geometry import probe
@@ -18,8 +32,10 @@ from kvzip.kernels import operations
 from kvzip.prefill import Progress, prefill, silent
 from kvzip.prompts import INSTRUCTIONS, Prompts, split_chat_template
 from kvzip.room import make_decoder
-from kvzip.scoring import get_scorer, heads, reconstruction
-from kvzip.selection import check_ratio
+from kvzip.scoring import REPEATING, get_scorer, heads, is_surrogate, reconstruction
+from kvzip.scoring.chunks import ChunkScorer, RepeatedChunks
+from kvzip.shrinking import Shrinker, Shrinking
+from kvzip.surrogates.predicting import PredictedChunks, Surrogate, predicting
 
 PREFILL_CHUNK = 16384
 
@@ -46,7 +62,12 @@ class ModelKVzip:
         instruction: what stands in front of the context; `"default"`, `"gsm"` or any text.
         dtype: dtype of the weights; the checkpoint's on a GPU and float32 on a CPU if None.
         device: where to put the model; the first GPU or else the CPU if None.
-        kwargs: passed on to transformers' `from_pretrained` (`revision`, `token`, ...).
+        quantization: quantise the weights while they are loaded: `"int8"`, `"w8a8"` or `"fp8"`
+            (activations, too) or `"int4"` (see `quantized_weights`). A model that is published
+            quantised needs nothing.
+        kwargs: passed on to transformers' `from_pretrained` (`revision`, `token`, ...); with
+            `device_map="auto"` layers are spread over all GPUs, and their pairs with them; with
+            `tp_plan="auto"` under torchrun heads are divided among processes (see `parallel`).
 
     Raises:
         KVzipError: if the model cannot be loaded or its layers cannot be cached.
@@ -68,6 +89,7 @@ class ModelKVzip:
         instruction: str = "default",
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        quantization: str | None = None,
         **kwargs: Any,
     ) -> None:
         if kv_type not in KV_TYPES:
@@ -75,22 +97,37 @@ class ModelKVzip:
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise KVzipError("a loaded model needs its tokenizer: ModelKVzip(model, tokenizer)")
+            if quantization is not None:
+                raise KVzipError("a loaded model is quantised or not: leave out quantization")
             self.hf_model, self.tokenizer = model.eval(), tokenizer
             self.hf_model.set_attn_implementation(attention.IMPLEMENTATION)
             self.model_id = model.name_or_path or type(model).__name__
         else:
             name = None if model is None else str(model)
-            self.hf_model, self.tokenizer = loading.load(name, dtype=dtype, device=device, **kwargs)
+            self.hf_model, self.tokenizer = loading.load(
+                name, dtype=dtype, device=device, quantization=quantization, **kwargs
+            )
             self.model_id = name or loading.BUNDLED
+        self.quantization = quantization
         self.retain = kv_type == "retain"
         parts = split_chat_template(self.tokenizer, INSTRUCTIONS.get(instruction, instruction))
         self.prompts = Prompts(self.tokenizer, parts)
+        weights.refuse_offloaded_input(self.hf_model)
+        self.division = parallel.division(self.hf_model)
         self.geometry = probe(self.hf_model)
+        parallel.check_divided(self.hf_model, self.division, self.geometry)
+        self._surrogates: dict[str, Surrogate] = {}
         where = torch.device(self.hf_model.device)
         self.operations = operations(backend, where, self.hf_model.dtype)
-        self.decoder = make_decoder(
-            self.hf_model, records=self.operations.name == "triton", compiled=compile
+        # a recorded step runs on one device, and ahead by one token, which a state cannot take back
+        records = (
+            self.operations.name == "triton"
+            and not self.geometry.stateful
+            and weights.on_one_device(self.hf_model)
         )
+        self.decoder = make_decoder(self.hf_model, records=records, compiled=compile)
+        if self.division.size > 1:
+            self.origin  # noqa: B018  weights are gathered for it, by all processes together
 
     @cached_property
     def origin(self) -> Origin:
@@ -100,13 +137,14 @@ class ModelKVzip:
             fingerprint=fingerprint.model_fingerprint(self.hf_model),
             tokenizer_hash=fingerprint.tokenizer_hash(self.tokenizer),
             dtype=str(self.hf_model.dtype).removeprefix("torch."),
+            quantization=self.quantization,
         )
 
     def prefill(
         self,
         context: Text | Iterable[Text],
         *,
-        ratio: float | None = None,
+        ratio: float | Budget | None = None,
         streaming: bool = False,
         chunk_size: int | None = None,
         budget: str | None = None,
@@ -120,16 +158,18 @@ class ModelKVzip:
 
         Args:
             context: text, or its token ids `[n]`; while streaming, pieces of either, too.
-            ratio: share of the context's pairs to keep; None leaves pruning to `kv.prune`.
+            ratio: share of the context's pairs to keep, or a `Budget`; None leaves pruning to
+                `kv.prune`.
             streaming: compress while reading, in bounded memory: see `streaming`. Needs a ratio.
             chunk_size: tokens of one forward pass while reading (16,384 if None); while streaming,
                 tokens that are read, scored and compacted at once (8,000).
             budget: while streaming, `"chunk"` (if None) or `"context"`: see `streaming.Streaming`.
-            scorer: how to score pairs; the others (see `scoring.SCORERS`) are there to be compared
-                with.
-            reach: what a pass of the scorer `"reconstruction"` attends to, `"context"` as
-                published, or `"chunk"`, which is cheaper and what streaming does; None for what
-                goes with the rest.
+            scorer: how to score pairs: by reconstruction; by a surrogate, which scores while the
+                context is read and needs no second pass (`"kvzap:mlp"`, `"fastkvzip"`, ...; see
+                `surrogates.load`); others (see `scoring.SCORERS`) are there to be compared with.
+            reach: what a pass of the scorers `"reconstruction"` and `"reconstruction+"` attends
+                to, `"context"` as published, or `"chunk"`, which is cheaper and what streaming
+                does; None for what goes with the rest.
             load_score: score whole heads from a file instead of scoring pairs by reconstruction:
                 True for the one in the model's local folder, or a path (see `scoring.heads`).
             score_chunk: tokens that one scoring pass makes the model repeat.
@@ -139,17 +179,19 @@ class ModelKVzip:
             The cache: full without a ratio, zipped with one.
 
         Raises:
-            KVzipError: if the context is empty or too long for the model.
+            KVzipError: if the context is empty or too long for the model, or the budget makes no
+                sense for it; that is said before the context is scored.
         """
         if streaming:
             if ratio is None:
                 raise KVzipError(
-                    "streaming evicts while it reads: say how much to keep (ratio=0.3)"
+                    "streaming evicts as it reads: say how much to keep (ratio=0.3, or "
+                    "ratio=Budget(threshold=-4))"
                 )
-            if load_score is not False or scorer != RECONSTRUCTION:
-                raise KVzipError("streaming scores by reconstruction: leave out another scorer")
+            if load_score is not False:
+                raise KVzipError("streaming scores what it reads: leave out load_score")
             reconstruction.check_reach(reach or "chunk")
-            if reach == "context":
+            if reach == "context" or (reach and scorer != RECONSTRUCTION):
                 raise KVzipError(f"streaming scores with reach 'chunk', not {reach!r}")
             return self.extend(
                 self.begin(),
@@ -157,6 +199,7 @@ class ModelKVzip:
                 ratio=ratio,
                 chunk_size=chunk_size,
                 budget=budget,
+                scorer=scorer,
                 score_chunk=score_chunk,
                 progress=progress,
             )
@@ -164,12 +207,17 @@ class ModelKVzip:
             raise KVzipError("a context in pieces is read with streaming=True")
         if budget is not None:
             raise KVzipError("budget belongs to streaming: add streaming=True")
-        if ratio is not None:
-            check_ratio(ratio)
+        kept = None if ratio is None else Budget.of(ratio)
         reach = "context" if reach is None else reach
         reconstruction.check_reach(reach)
         read_chunk = PREFILL_CHUNK if chunk_size is None else chunk_size
+        if is_surrogate(scorer) and load_score is False:
+            self._scorer_settings(scorer, reach)
+            kv = self._read_and_predict(scorer, context, read_chunk, progress)
+            return kv if kept is None else kv.prune(kept)
         kv = self.read(context, chunk_size=read_chunk, progress=progress)
+        if kept is not None:
+            kv.check(kept)
         self.score(
             kv,
             scorer=scorer,
@@ -178,16 +226,17 @@ class ModelKVzip:
             score_chunk=score_chunk,
             progress=progress,
         )
-        return kv if ratio is None else kv.prune(ratio)
+        return kv if kept is None else kv.prune(kept)
 
     def extend(
         self,
         kv: ContextCache,
         context: Text | Iterable[Text],
         *,
-        ratio: float | None = None,
+        ratio: float | Budget | None = None,
         chunk_size: int | None = None,
         budget: str | None = None,
+        scorer: str | None = None,
         score_chunk: int = reconstruction.CHUNK_SIZE,
         progress: Progress = silent,
     ) -> ContextCache:
@@ -202,6 +251,7 @@ class ModelKVzip:
             ratio: share to keep of the pairs that are new, that of the cache if None.
             chunk_size: tokens that are read, scored and compacted at once (8,000).
             budget: as in `prefill`.
+            scorer: `"reconstruction"` or a surrogate; that of the cache if None.
             score_chunk: as in `prefill`.
             progress: as in `prefill`.
 
@@ -214,9 +264,8 @@ class ModelKVzip:
         """
         self._check(kv)
         how = streaming.Streaming(
-            kv.ratio if ratio is None else ratio,
+            Budget.of(kv.ratio if ratio is None else ratio),
             chunk_size=streaming.CHUNK_SIZE if chunk_size is None else chunk_size,
-            score_chunk=score_chunk,
             budget=streaming.BUDGET if budget is None else budget,
         )
         if isinstance(context, (str, Tensor)):
@@ -225,10 +274,9 @@ class ModelKVzip:
         else:
             pieces, total = self._pieces(context), None
         streaming.extend(
-            self.hf_model,
-            self.prompts,
             kv,
             pieces,
+            self._chunk_scorer(kv, scorer, score_chunk),
             how,
             total=total,
             max_positions=self.geometry.max_positions,
@@ -273,7 +321,7 @@ class ModelKVzip:
             retain=self.retain,
             progress=progress,
         )
-        return self._bind(ContextCache(layers, document, self.origin))
+        return self._bind(ContextCache(layers, document, self.origin, division=self.division))
 
     def _bind(self, kv: ContextCache) -> ContextCache:
         kv.reader = self.extend
@@ -302,6 +350,11 @@ class ModelKVzip:
                 f"token ids run from {ids.min()} to {ids.max()}, the model knows 0 to "
                 f"{vocabulary - 1}"
             )
+        image = getattr(self.hf_model.config, "image_token_id", None)
+        if image is not None and bool((ids == image).any()):
+            raise KVzipError(
+                f"the context holds token {image}, which stands for an image: only text can be read"
+            )
         return ids
 
     def score(
@@ -316,14 +369,12 @@ class ModelKVzip:
     ) -> ContextCache:
         """Stage 2: score the context's pairs; arguments as in `prefill`. Returns the same cache."""
         self._check(kv)
-        if load_score is not False:
-            folder = Path(self.hf_model.name_or_path)
-            path = folder / heads.FILE_NAME if load_score is True else Path(load_score)
-            kv.scores = heads.load(path, self.geometry, kv.document.context_length)
+        if load_score is True:
+            scorer = "heads"
+        elif load_score is not False:
+            kv.scores = heads.load(Path(load_score), kv)
             return kv
-        how = {"reach": reach} if scorer == RECONSTRUCTION else {}
-        if not how and reach != "context":
-            raise KVzipError(f"reach belongs to the scorer {RECONSTRUCTION!r}, not to {scorer!r}")
+        how = self._scorer_settings(scorer, reach)
         kv.scores = get_scorer(scorer)(
             self.hf_model,
             self.prompts,
@@ -334,6 +385,84 @@ class ModelKVzip:
             **how,
         )
         return kv
+
+    def _scorer_settings(self, scorer: str, reach: str) -> dict[str, Any]:
+        """What a scorer takes beside what all of them take."""
+        if scorer in REPEATING:
+            return {"reach": reach}
+        if reach != "context":
+            names = " and ".join(map(repr, REPEATING))
+            raise KVzipError(f"reach belongs to the scorers {names}, not to {scorer!r}")
+        return {"surrogate": self._surrogate(scorer)} if is_surrogate(scorer) else {}
+
+    def _surrogate(self, scorer: str) -> Surrogate:
+        """A surrogate, loaded once."""
+        if self.division.size > 1:
+            raise KVzipError(
+                f"scorer {scorer!r} needs all heads in one process: score by {RECONSTRUCTION!r}"
+            )
+        if scorer not in self._surrogates:
+            heads = {i: self.geometry.layers[i].kv_heads for i in self.geometry.prunable}
+            self._surrogates[scorer] = surrogates.load(scorer, self.hf_model, heads)
+        return self._surrogates[scorer]
+
+    def _read_and_predict(
+        self, scorer: str, context: Text, chunk_size: int, progress: Progress
+    ) -> ContextCache:
+        """Stages 1 and 2 at once."""
+        scored = self.geometry.prunable
+        with predicting(self.hf_model, self._surrogate(scorer), scored) as predictions:
+            kv = self.read(context, chunk_size=chunk_size, progress=progress)
+        kv.scores = predictions.last(kv.document.context_length)
+        return kv
+
+    def _chunk_scorer(self, kv: ContextCache, scorer: str | None, score_chunk: int) -> ChunkScorer:
+        """What scores a context that goes on, by default as it was scored so far."""
+        before = kv.scores.scorer.split(" + ")[-1] if kv.scores else RECONSTRUCTION
+        if scorer is None:
+            scorer = before if is_surrogate(before) else RECONSTRUCTION
+        if is_surrogate(scorer) != is_surrogate(before) and kv.document.context_length:
+            raise KVzipError(
+                f"this context was scored by {before!r}, whose scores are no measure for those of "
+                f"{scorer!r}: leave out scorer, or read the context anew"
+            )
+        if is_surrogate(scorer):
+            return PredictedChunks(self.hf_model, self._surrogate(scorer))
+        if scorer != RECONSTRUCTION:
+            get_scorer(scorer)
+            raise KVzipError(
+                f"streaming scores by {RECONSTRUCTION!r} or a surrogate, not by {scorer!r}: read "
+                "the context in two passes"
+            )
+        return RepeatedChunks(self.hf_model, self.prompts, score_chunk)
+
+    def spans(self, context: str, parts: Iterable[str | Span]) -> list[Span]:
+        """Tokens of parts of a context, for `kv.prune(keep=...)` and `Budget`.
+
+        Args:
+            context: the text, as it is given to `prefill`.
+            parts: texts, each of which stands for every place where it occurs, or (start, end) in
+                characters.
+
+        Returns:
+            (start, end) in tokens, those included that hold a part only in part.
+
+        Raises:
+            KVzipError: if a text does not occur, characters are outside the context, or the
+                tokenizer does not say which characters its tokens hold.
+
+        Example:
+            >>> model = ModelKVzip()
+            >>> context = "The code is 417. The weather was fine. Ada keeps bees."
+            >>> kept = model.spans(context, ["The code is 417."])
+            >>> kv = model.prefill(context).prune(0.5, keep=kept)
+        """
+        if not isinstance(context, str):
+            raise KVzipError(
+                "the parts of a context are found in its text: of token ids, name those to keep by "
+                "number"
+            )
+        return spans.tokens(self.prompts.context_offsets(context), spans.characters(context, parts))
 
     def apply_template(self, query: str, *, kv: ContextCache | None = None) -> Tensor:
         """Token ids `[t]` of a question: right behind the context, or behind the answers in `kv`.
@@ -357,6 +486,7 @@ class ModelKVzip:
         kv: ContextCache,
         update_cache: bool = False,
         streamer: BaseStreamer | None = None,
+        shrink: float | Budget | Shrinking | None = None,
         **settings: Any,
     ) -> str:
         """Stage 5: answer a question, greedily unless told otherwise.
@@ -366,11 +496,19 @@ class ModelKVzip:
             kv: the cache, pruned or not.
             update_cache: keep question and answer in the cache, for a conversation.
             streamer: a transformers streamer that gets each new token.
+            shrink: evict of question and answer, too, and of the conversation before them, while
+                the answer is generated, so that a long one stays bounded: the share to keep, a
+                `Budget`, or `Shrinking`, which tells more. What is kept becomes a part of the
+                context, of the cache's own only with `update_cache`.
             settings: of transformers' `GenerationConfig`: `max_new_tokens` (512 if there is room),
                 `do_sample`, `temperature`, `stop_strings`, ...
 
         Raises:
-            KVzipError: if the cache belongs to another model or positions run out.
+            KVzipError: if the cache belongs to another model or positions run out, or for a
+                scorer to shrink by that is no surrogate.
+
+        Warns:
+            KVzipWarning: if `shrink` keeps nothing.
         """
         self._check(kv)
         query_ids = self.apply_template(query, kv=kv) if isinstance(query, str) else query
@@ -384,16 +522,64 @@ class ModelKVzip:
             max_positions=self.geometry.max_positions,
             update_cache=update_cache,
             streamer=streamer,
+            shrinker=None if shrink is None else self._shrinker(kv, Shrinking.of(shrink)),
             **settings,
         )
         return self.prompts.decode(answer)
 
-    def ask(self, kv: ContextCache, queries: Sequence[str], **settings: Any) -> list[str]:
+    def shrink(
+        self, kv: ContextCache, how: float | Budget | Shrinking, *, scorer: str | None = None
+    ) -> ContextCache:
+        """Evict of a conversation: all but its last tokens become a part of the context.
+
+        From then on they are forgotten neither by `kv.reset()` nor by `kv.truncate`, and are saved
+        with the context. Forks keep what they share. Where the context was scored by another scorer
+        its scores are given up, since they are no measure for those of a surrogate: it can then be
+        asked, but neither pruned nor extended.
+
+        Args:
+            kv: the cache; a conversation of no more than `window` tokens is left as it is.
+            how: as in `generate`.
+            scorer: the surrogate, unless `how` names it.
+
+        Returns:
+            The same cache.
+
+        Raises:
+            KVzipError: if the cache belongs to another model, retains evicted pairs or holds a tail
+                that only other code knows, or for a scorer that is no surrogate.
+
+        Warns:
+            KVzipWarning: if nothing is kept.
+        """
+        self._check(kv)
+        decoding.refuse_unknown_tail(kv)
+        settings = Shrinking.of(how)
+        if scorer is not None:
+            settings = replace(settings, scorer=scorer)
+        self._shrinker(kv, settings).shrink_conversation(kv)
+        return kv
+
+    def _shrinker(self, kv: ContextCache, how: Shrinking) -> Shrinker:
+        before = kv.scores.scorer.split(" + ")[-1] if kv.scores else RECONSTRUCTION
+        scorer = how.scorer or (before if is_surrogate(before) else shrinking.SCORER)
+        return Shrinker(self.hf_model, self._surrogate(scorer), how)
+
+    def ask(
+        self,
+        kv: ContextCache,
+        queries: Sequence[str],
+        *,
+        shrink: float | Budget | Shrinking | None = None,
+        **settings: Any,
+    ) -> list[str]:
         """Answer a batch of questions on one context in one go; each answer as if asked alone.
 
         Args:
             kv: the cache; it is not changed.
             queries: the questions.
+            shrink: as in `generate`; questions are then answered one after the other, since what is
+                kept of an answer becomes context, which the rows of a batch share.
             settings: as in `generate`.
         """
         self._check(kv)
@@ -401,6 +587,8 @@ class ModelKVzip:
             raise KVzipError("ask takes a list of questions: put the question in brackets")
         if not queries:
             return []
+        if shrink is not None:
+            return [self.generate(one, kv=kv, shrink=shrink, **settings) for one in queries]
         answers = decoding.generate_batch(
             self.decoder,
             self.tokenizer,
@@ -421,9 +609,10 @@ class ModelKVzip:
             path,
             self.origin,
             operations=self.operations,
-            device=self.hf_model.device,
+            devices=self.geometry.devices,
             dtype=self.hf_model.dtype,
             retain=self.retain,
+            division=self.division,
         )
         return self._bind(kv)
 

@@ -8,7 +8,10 @@ from transformers import Cache, PreTrainedModel
 
 from kvzip.geometry import Geometry, LayerGeometry
 from kvzip.kernels import Operations
-from kvzip.layers import AnsweringLayer, ContextLayer, Layer, Pairs, SlidingLayer, Tail
+from kvzip.kernels.logits import Logits
+from kvzip.layers import AnsweringLayer, ContextLayer, Layer, SlidingLayer, Tail
+from kvzip.pairs import Pairs
+from kvzip.states import StateLayer
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the tokens done and the tokens in all."""
@@ -16,6 +19,21 @@ Progress = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+def run(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> None:
+    """Run tokens `[t]`, int64, through a model, behind those in a cache; without logits.
+
+    Positions are given: not every model counts what its cache has seen.
+    """
+    seen = cache.get_seq_length()
+    positions = torch.arange(seen, seen + len(token_ids), device=model.device)
+    model.base_model(
+        input_ids=token_ids[None].to(model.device),
+        position_ids=positions[None],
+        past_key_values=cache,
+        use_cache=True,
+    )
 
 
 @torch.no_grad()
@@ -28,7 +46,7 @@ def prefill(
     chunk_size: int,
     retain: bool,
     progress: Progress = silent,
-) -> list[AnsweringLayer]:
+) -> list[AnsweringLayer | StateLayer]:
     """Run tokens through a model and return the full cache, a layer each, with empty tails.
 
     Logits are never computed. A chunk sees all tokens before it, so that the chunk size changes
@@ -49,9 +67,7 @@ def prefill(
     )
     done = 0
     for chunk in token_ids.split(chunk_size):
-        model.base_model(
-            input_ids=chunk[None].to(model.device), past_key_values=cache, use_cache=True
-        )
+        run(model, chunk, cache)
         done += len(chunk)
         progress("prefill", done, total)
     return cache.finish()
@@ -59,7 +75,9 @@ def prefill(
 
 def _reading_layer(
     geometry: LayerGeometry, operations: Operations, total: int, retain: bool
-) -> "FullReadingLayer | SlidingReadingLayer":
+) -> "FullReadingLayer | SlidingReadingLayer | StateLayer":
+    if geometry.linear:
+        return StateLayer()
     if geometry.window is None:
         return FullReadingLayer(operations, total, retain)
     return SlidingReadingLayer(operations, geometry.window)
@@ -91,13 +109,13 @@ class FullReadingLayer(Layer):
             buffer[:, self.length : end] = new[0]
         self.length = end
 
-    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
         """Attend causally to everything read so far."""
         assert self.buffers is not None
         before = self.length - query.shape[2]
         read = (buffer[None, :, :before] for buffer in self.buffers)
         own = (buffer[None, :, before : self.length] for buffer in self.buffers)
-        return self.operations.chunk_attention(query, *read, *own, scale)
+        return self.operations.chunk_attention(query, *read, *own, logits)
 
     def get_seq_length(self) -> int:
         """Positions read so far."""
@@ -135,7 +153,7 @@ class SlidingReadingLayer(Layer):
             values = torch.cat([old_values, values], dim=2)
         self.held = (keys, values)
 
-    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
         """Attend within the window, a window's worth of queries at a time: linear in length."""
         assert self.held is not None
         keys, values = self.held
@@ -153,7 +171,7 @@ class SlidingReadingLayer(Layer):
                     positions[:, start:end],
                     positions[:, seen],
                     self.window,
-                    scale,
+                    logits,
                 )
             )
         return torch.cat(parts, dim=2)
@@ -177,9 +195,11 @@ class SlidingReadingLayer(Layer):
 class PrefillCache(Cache):
     """The cache of a context that is being read."""
 
-    def __init__(self, layers: Sequence[FullReadingLayer | SlidingReadingLayer]) -> None:
+    def __init__(
+        self, layers: Sequence[FullReadingLayer | SlidingReadingLayer | StateLayer]
+    ) -> None:
         super().__init__(layers=list(layers))
 
-    def finish(self) -> list[AnsweringLayer]:
+    def finish(self) -> list[AnsweringLayer | StateLayer]:
         """The same pairs as layers that answer."""
         return [layer.finish() for layer in self.layers]

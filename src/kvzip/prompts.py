@@ -108,6 +108,25 @@ class Prompts:
             raise KVzipError("the context is empty: give some text to read")
         return ids
 
+    def context_offsets(self, text: str) -> list[tuple[int, int]]:
+        """Start and end, in characters, of each token of a context.
+
+        Raises:
+            KVzipError: if the tokenizer does not say.
+        """
+        if not self.tokenizer.is_fast:
+            raise KVzipError(
+                f"{type(self.tokenizer).__name__} does not say which characters its tokens hold: "
+                "load a fast tokenizer, or name the tokens to keep by number"
+            )
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        return list(map(tuple, encoded["offset_mapping"]))
+
     def query_ids(self, query: str) -> Tensor:
         """`[t]`, int64: a question directly behind the context, with the suffix.
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from kvzip.cache import ContextCache
 from kvzip.graphs import Forward, Step, compile_forward, logits_of, record
 from kvzip.layers import Tail
+from kvzip.shrinking import Shrinker
 
 ROUNDING = 256
 """Columns of a recorded tail are a multiple of this, so that most questions find room."""
@@ -55,12 +56,26 @@ class Decoder:
         room.refill(kv, starts)
         return room
 
+    def private_room(self, kv: ContextCache, *, columns: int) -> "Room":
+        """Tails for one answer, which may come to have another context: the cache keeps nothing.
+
+        Args:
+            kv: the cache; a copy of its tail is in the room from the start.
+            columns: tokens behind the context that are held at a time; a tail or a question that
+                is longer takes more until it has shrunk.
+        """
+        kv.room = None  # its memory is free before more is taken
+        room = Room(self, kv, columns, 1, None)
+        room.refill(kv, None)
+        return room
+
 
 class Room:
     """See `Decoder.room`.
 
     Attributes:
         cache: shares the context; its tails are what is written to.
+        columns: tokens behind the context that steps find space for.
     """
 
     def __init__(
@@ -87,9 +102,7 @@ class Room:
         if self.starts is not None and starts is not None:
             self.starts.copy_(starts)
         for mine, theirs in zip(self.cache.layers, kv.layers, strict=True):
-            mine.tail.length = 0
-            if self.starts is None and theirs.tail.length:
-                mine.tail.append(*theirs.tail.view())
+            mine.restart(theirs if self.starts is None else None)
 
     def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Run `[B, t]` tokens at `[B, t]` positions; logits `[B, V]` behind the last."""
@@ -105,6 +118,24 @@ class Room:
     def recorded(self) -> bool:
         """Whether a step has been recorded, so that it costs the host next to nothing."""
         return self._recorded is not None and self.decoder.records
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no space for a step."""
+        return self.cache.tail_length >= self.columns
+
+    def shrink(self, shrinker: Shrinker, input_ids: Tensor) -> None:
+        """Make the tokens that have left the window context, so that there is space again.
+
+        The step is recorded anew after that: it reads another context, at other addresses.
+
+        Args:
+            shrinker: evicts.
+            input_ids: `[1, s]`, int64: the sequence, of which the room has seen a part.
+        """
+        self._recorded = None  # it holds on to what is freed
+        context = len(self.cache.document.token_ids)
+        shrinker.shrink(self.cache, input_ids[0, context : self.cache.seen_tokens].cpu())
 
     def take_back(self) -> None:
         """Forget the last column of every tail."""

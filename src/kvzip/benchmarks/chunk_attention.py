@@ -19,6 +19,7 @@ from kvzip.benchmarks.records import OURS, Record, Result, Subject, compare
 from kvzip.benchmarks.timing import Contender, cold, input_sets, settle
 from kvzip.benchmarks.workbench import Case, Workbench
 from kvzip.kernels import reference
+from kvzip.kernels.logits import Logits
 
 NAME = "chunk_attention"
 FLASH, CEILING = "FlashAttention-2", "ceiling"
@@ -46,7 +47,7 @@ def cases(bench: Workbench) -> Iterator[Case]:
 
 def _measure(bench: Workbench, subject: Subject, tokens: int, before: int) -> Iterator[Record]:
     shape = geometries.find(subject.geometry)
-    scale = shape.head_dim**-0.5
+    logits = Logits(shape.head_dim**-0.5)
 
     def random(heads: int, length: int) -> Tensor:
         size = (1, heads, length, shape.head_dim)
@@ -64,13 +65,13 @@ def _measure(bench: Workbench, subject: Subject, tokens: int, before: int) -> It
     def ours(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         context = keys[:, :, :before], values[:, :, :before]
         chunk = keys[:, :, before:], values[:, :, before:]
-        return bench.ours.chunk_attention(query, *context, *chunk, scale)
+        return bench.ours.chunk_attention(query, *context, *chunk, logits)
 
     def flash(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return published.flash_attention(query, keys, values, scale)
+        return published.flash_attention(query, keys, values, logits)
 
     ways = {FLASH: flash, OURS: ours}
-    errors = {name: _error(way(*sets[0]), *sets[0], scale) for name, way in ways.items()}
+    errors = {name: _error(way(*sets[0]), *sets[0], logits) for name, way in ways.items()}
     contenders = [
         Contender(name, [partial(way, *inputs) for inputs in sets]) for name, way in ways.items()
     ]
@@ -83,7 +84,7 @@ def _measure(bench: Workbench, subject: Subject, tokens: int, before: int) -> It
     settle(bench.device)
 
 
-def _error(got: Tensor, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> float:
+def _error(got: Tensor, query: Tensor, keys: Tensor, values: Tensor, logits: Logits) -> float:
     tokens, total = query.shape[2], keys.shape[2]
     stretch = min(STRETCH, tokens)
     errors = []
@@ -96,7 +97,7 @@ def _error(got: Tensor, query: Tensor, keys: Tensor, values: Tensor, scale: floa
             for part in (keys[:, :, whole], values[:, :, whole])
         )
         expected = reference.chunk_attention(
-            query[:, :, rows].float(), context_keys, context_values, own_keys, own_values, scale
+            query[:, :, rows].float(), context_keys, context_values, own_keys, own_values, logits
         )
         errors.append(float((got[:, :, rows].float() - expected).norm() / expected.norm()))
     return max(errors) if all(error == error for error in errors) else float("nan")

@@ -28,8 +28,8 @@ from kvzip.benchmarks.workbench import (
     zipped_cache,
 )
 from kvzip.cache import ContextCache
-from kvzip.layers import Pairs
 from kvzip.model import ModelKVzip
+from kvzip.pairs import Pairs
 
 NAME = "decode_step"
 COMPILED = "kvzip, compiled"

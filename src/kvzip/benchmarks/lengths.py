@@ -10,7 +10,7 @@ that the spread narrows as the ratio rises, down to equal lengths at ratio 1.
 from math import floor
 from random import Random
 
-from kvzip.selection import check_ratio
+from kvzip.budget import check_ratio
 
 SPREAD = 14.0
 """Pairs of the longest head over those of the shortest."""

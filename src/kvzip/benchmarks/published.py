@@ -25,29 +25,30 @@ from transformers import (
 )
 
 from kvzip.kernels import reference
+from kvzip.kernels.logits import Logits
 from kvzip.prompts import Prompts
 
 IMPLEMENTATION = "kvzip-published"
 """The name that the attention function is registered under by `register`."""
 
 
-def flash_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def flash_attention(query: Tensor, keys: Tensor, values: Tensor, logits: Logits) -> Tensor:
     """Dense FlashAttention-2, causal and aligned at the bottom right.
 
     Args:
         query: `[B, Hq, t, D]`.
         keys: `[B, H, s, D]` with `s >= t`.
         values: `[B, H, s, D]`.
-        scale: factor on the logits.
+        logits: scaled products, and nothing else.
     """
     t, s = query.shape[2], keys.shape[2]
     if query.device.type != "cuda":
         parts = (keys[:, :, : s - t], values[:, :, : s - t])
         own = (keys[:, :, s - t :], values[:, :, s - t :])
-        return reference.chunk_attention(query, *parts, *own, scale)
+        return reference.chunk_attention(query, *parts, *own, logits)
     q, k, v = (part.transpose(1, 2) for part in (query, keys, values))
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, t, s, 0.0, True, False, scale=scale
+        q, k, v, None, None, t, s, 0.0, True, False, scale=logits.scale
     )[0]
     return out.transpose(1, 2)
 
@@ -88,7 +89,7 @@ class Flattened:
 
 
 def varlen_attention(
-    query: Tensor, flattened: Flattened, query_ends: Tensor, scale: float
+    query: Tensor, flattened: Flattened, query_ends: Tensor, logits: Logits
 ) -> Tensor:
     """FlashAttention-2 with heads as sequences, causal and aligned at the bottom right.
 
@@ -96,7 +97,7 @@ def varlen_attention(
         query: `[B, Hq, t, D]`.
         flattened: B * H sequences.
         query_ends: `[B * H + 1]`, int32: multiples of t.
-        scale: factor on the logits.
+        logits: scaled products, and nothing else.
     """
     batch, query_heads, t, dim = query.shape
     sequences = len(flattened.lengths)
@@ -104,7 +105,7 @@ def varlen_attention(
     q = query.reshape(sequences, group, t, dim).transpose(1, 2).reshape(-1, group, dim)
     if query.device.type != "cuda":
         parts = [
-            flash_attention(one.transpose(0, 1)[None], k.mT[None].mT, v.mT[None].mT, scale)
+            flash_attention(one.transpose(0, 1)[None], k.mT[None].mT, v.mT[None].mT, logits)
             for one, k, v in zip(
                 q.split(t),
                 (k.transpose(0, 1) for k in flattened.keys.split(flattened.lengths)),
@@ -116,7 +117,7 @@ def varlen_attention(
     longest = max(flattened.lengths)
     out: Tensor = torch.ops.aten._flash_attention_forward(
         q, flattened.keys, flattened.values, query_ends, flattened.ends, t, longest,
-        0.0, True, False, scale=scale,
+        0.0, True, False, scale=logits.scale,
     )[0]  # fmt: skip
     out = out.view(sequences, t, group, dim).transpose(1, 2)
     return out.reshape(batch, query_heads, t, dim)
@@ -134,17 +135,17 @@ def insert(
 
 
 def materialised_score(
-    query: Tensor, prefix_keys: Tensor, chunk_keys: Tensor, repeat_keys: Tensor, scale: float
+    query: Tensor, prefix_keys: Tensor, chunk_keys: Tensor, repeat_keys: Tensor, logits: Logits
 ) -> Tensor:
     """Scores of a chunk from the whole matrix of probabilities; arguments as in `reference`."""
     kv_heads, p, _ = prefix_keys.shape
     m, t = chunk_keys.shape[1], query.shape[1]
     keys = torch.cat([prefix_keys, chunk_keys, repeat_keys], dim=1)
-    logits = torch.bmm(query.reshape(kv_heads, -1, query.shape[-1]), keys.mT) * scale
-    logits = logits.view(kv_heads, -1, t, p + m + t)
+    found = torch.bmm(query.reshape(kv_heads, -1, query.shape[-1]), keys.mT) * logits.scale
+    found = found.view(kv_heads, -1, t, p + m + t)
     hidden = torch.ones(t, t, dtype=torch.bool, device=query.device).triu_(1)
-    logits[..., p + m :].masked_fill_(hidden, -torch.inf)
-    weights = logits.softmax(-1, dtype=torch.float32)
+    found[..., p + m :].masked_fill_(hidden, -torch.inf)
+    weights = found.softmax(-1, dtype=torch.float32)
     return weights[..., p : p + m].amax((1, 2))
 
 
@@ -174,16 +175,17 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function in transformers' interface."""
+    logits = Logits(scaling)
     if scoring is not None:
         scores = materialised_score(
             query[0],
             key[0, :, : scoring.prefix_length],
             key[0, :, scoring.chunk],
             key[0, :, -query.shape[2] :],
-            scaling,
+            logits,
         )
         scoring.scores.append(scores)
-    return flash_attention(query, key, value, scaling).transpose(1, 2), None
+    return flash_attention(query, key, value, logits).transpose(1, 2), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -141,7 +141,9 @@ def _repeat_passes(bench: Workbench, model: ModelKVzip, kv: ContextCache) -> flo
     """Seconds of the repeat passes without the scoring operation."""
     calls = 0
 
-    def no_score(query: Tensor, prefix: Tensor, chunk: Tensor, *rest: object) -> Tensor:
+    def no_score(
+        query: Tensor, prefix: Tensor, chunk: Tensor, *rest: object, **weights: object
+    ) -> Tensor:
         nonlocal calls
         calls += 1
         return torch.zeros(chunk.shape[:2], dtype=torch.float32, device=chunk.device)
@@ -186,7 +188,7 @@ def _context_bytes(kv: ContextCache, *, prefix: bool) -> int:
     total = 0
     for layer in kv.layers:
         assert isinstance(layer, ContextLayer)
-        total += 2 * layer.context.keys.numel() * layer.context.keys.element_size()
+        total += sum(tensor.nbytes for tensor in layer.context.tensors().values())
     tokens = len(kv.document.token_ids)
     return total if prefix else total * kv.document.context_length // tokens
 

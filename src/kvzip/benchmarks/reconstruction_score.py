@@ -19,6 +19,7 @@ from kvzip.benchmarks.records import OURS, Record, Result, Subject, compare, sin
 from kvzip.benchmarks.timing import Contender, cold, input_sets, peak_extra_bytes, settle
 from kvzip.benchmarks.workbench import PREFIX, Case, Workbench
 from kvzip.kernels import reference
+from kvzip.kernels.logits import Logits
 from kvzip.scoring.reconstruction import CHUNK_SIZE
 
 NAME = "reconstruction_score"
@@ -56,7 +57,7 @@ def random_inputs(
 
 def _measure(bench: Workbench, subject: Subject, chunk: int) -> Iterator[Record]:
     shape = geometries.find(subject.geometry)
-    scale = shape.head_dim**-0.5
+    logits = Logits(shape.head_dim**-0.5)
     first = random_inputs(bench, shape, chunk)
     set_bytes = sum(part.numel() * part.element_size() for part in first)
     more = range(1, input_sets(set_bytes, bench.device))
@@ -66,14 +67,14 @@ def _measure(bench: Workbench, subject: Subject, chunk: int) -> Iterator[Record]
         OURS: bench.ours.reconstruction_score,
     }
     query, prefix, keys, repeat = (part.float() for part in first)
-    expected = reference.reconstruction_score(query, prefix, keys, repeat, scale)
+    expected = reference.reconstruction_score(query, prefix, keys, repeat, logits)
     del query, prefix, keys, repeat
     errors = {
-        name: float((way(*first, scale).float() - expected).norm() / expected.norm())
+        name: float((way(*first, logits).float() - expected).norm() / expected.norm())
         for name, way in ways.items()
     }
     contenders = [
-        Contender(name, [partial(way, *inputs, scale) for inputs in sets])
+        Contender(name, [partial(way, *inputs, logits) for inputs in sets])
         for name, way in ways.items()
     ]
     seconds = cold(contenders, bench.device, bench.rounds)
@@ -85,7 +86,7 @@ def _measure(bench: Workbench, subject: Subject, chunk: int) -> Iterator[Record]
     del contenders
     if bench.on_gpu:
         for name, way in ways.items():
-            peak = peak_extra_bytes(partial(way, *first, scale), bench.device)
+            peak = peak_extra_bytes(partial(way, *first, logits), bench.device)
             yield single(subject, name + PEAK, peak, "B")
     del sets
     settle(bench.device)

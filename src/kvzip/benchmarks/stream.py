@@ -10,6 +10,7 @@ prefill in the same chunks: how far rounding alone carries two exact ways of rea
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -38,8 +39,9 @@ FULL_CACHE = "the full cache"
 PER_TOKEN = "seconds a token"
 
 CONTEXTS = (MODEL_CONTEXT, 2 * MODEL_CONTEXT)
-CHECKED = 8192
-"""Tokens of the context that outputs are compared on, and that warms everything up."""
+CHECKED = 16_384
+"""Tokens of the context that outputs are compared on, and that warms everything up: chunks of them
+are long enough for every kernel that longer ones use."""
 CHECKED_CHUNKS = 4
 LENIENCE = 2.0
 """Error over that of plain prefill in the same chunks."""
@@ -62,22 +64,12 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
     assert subject.ratio is not None
     model = bench.model(subject.geometry)
     ids = bench.tokens(subject.context)
-    error, noise = _errors(model, ids[: min(CHECKED, subject.context)])
-    tolerance = LENIENCE * max(noise, torch.finfo(bench.dtype).eps)
-    settle(bench.device)
-
-    held: list[int] = []
-    absorb = ContextCache.absorb
-
-    def gauged(kv: ContextCache, *args: Any) -> None:
-        held.append(kv.nbytes)  # the chunk is still whole here
-        absorb(kv, *args)
-
+    error, tolerance = check(bench, model, ids)
     watch = Watch(bench)
-    with mock.patch.object(ContextCache, "absorb", gauged):
+    with gauge() as held:
         kv = model.prefill(ids, ratio=subject.ratio, streaming=True)
     seconds, peak = watch.lap(), watch.peak()
-    dense = int(kv.nbytes / _share_held(kv))
+    dense = full_bytes(kv)
     del kv
     settle(bench.device)
     streamed = Result(STREAMED, Spread.of([seconds], "once"), error, tolerance)
@@ -89,7 +81,7 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
             compared_with=FULL_CACHE,
             ratio_to=peak_bytes / dense,
         )
-    if bench.on_gpu and dense > _free_bytes(bench):
+    if bench.on_gpu and dense > free_bytes(bench):
         yield from compare(replace(subject, case=TOTAL), [streamed])
         return
 
@@ -113,30 +105,52 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
     yield from compare(replace(subject, case=TOTAL), total)
 
 
-def _errors(model: ModelKVzip, ids: Tensor) -> tuple[float, float]:
+@contextmanager
+def gauge() -> Iterator[list[int]]:
+    """Notes the bytes of a cache before each chunk is compacted, when it is at its largest."""
+    held: list[int] = []
+    absorb = ContextCache.absorb
+
+    def gauged(kv: ContextCache, *args: Any) -> None:
+        held.append(kv.nbytes)  # the chunk is still whole here
+        absorb(kv, *args)
+
+    with mock.patch.object(ContextCache, "absorb", gauged):
+        yield held
+
+
+def check(bench: Workbench, model: ModelKVzip, ids: Tensor) -> tuple[float, float]:
     """How far pairs that are read in chunks, all kept, are from those that are read whole.
 
+    This compiles and warms up what is measured next.
+
     Returns:
-        The error while streaming, and that of plain prefill.
+        The error while streaming, and how far it may go.
     """
+    ids = ids[:CHECKED]
     chunk = ceil(len(ids) / CHECKED_CHUNKS)
     whole = _last_keys(model.read(ids, chunk_size=len(ids)))
     streamed = model.prefill(ids, ratio=1.0, streaming=True, chunk_size=chunk)
     plain = model.read(ids, chunk_size=chunk)
     norm = whole.norm()
     error, noise = (float((_last_keys(kv) - whole).norm() / norm) for kv in (streamed, plain))
-    return error, noise
+    del streamed, plain
+    settle(bench.device)
+    return error, LENIENCE * max(noise, torch.finfo(bench.dtype).eps)
 
 
 def _last_keys(kv: ContextCache) -> Tensor:
-    return kv.layers[-1].context.dense_keys().float()
+    keys: Tensor = kv.layers[-1].context.dense_keys()
+    return keys.float()
 
 
-def _share_held(kv: ContextCache) -> float:
-    """Rows that are held over all that were read, of every layer with full attention."""
+def full_bytes(kv: ContextCache) -> int:
+    """Bytes that the cache would take if nothing were evicted."""
     held = [layer.context for layer in kv.layers if isinstance(layer, ContextLayer)]
-    return sum(len(pairs.keys) for pairs in held) / sum(pairs.kept.numel() for pairs in held)
+    share = sum(len(pairs.keys) for pairs in held) / sum(pairs.kept.numel() for pairs in held)
+    return int(kv.nbytes / share)
 
 
-def _free_bytes(bench: Workbench) -> int:
+def free_bytes(bench: Workbench) -> int:
+    """Bytes of device memory that nothing holds."""
     return torch.cuda.mem_get_info(bench.device)[0]

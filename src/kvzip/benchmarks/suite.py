@@ -17,10 +17,13 @@ from kvzip.benchmarks import (
     compact,
     decode_step,
     geometries,
+    growth,
+    quantized_attention,
     read_context,
     reconstruction_score,
     shared_batch,
     stream,
+    surrogate,
     zipped_attention,
 )
 from kvzip.benchmarks.provenance import provenance
@@ -35,6 +38,7 @@ SECTIONS: Mapping[str, Callable[[Workbench], Iterator[Case]]] = {
     for section in (
         ceilings,
         zipped_attention,
+        quantized_attention,
         chunk_attention,
         reconstruction_score,
         compact,
@@ -42,8 +46,13 @@ SECTIONS: Mapping[str, Callable[[Workbench], Iterator[Case]]] = {
         shared_batch,
         read_context,
         stream,
+        surrogate,
+        growth,
     )
 }
+
+USUAL = tuple(name for name in SECTIONS if name != growth.NAME)
+"""What runs if no section is asked for: `growth` alone takes longer than all of them."""
 
 SAME_RUN = ("device", "commit", "kvzip", "torch", "transformers", "triton", "python")
 """What the lines of a file must share to be read together."""

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from kvzip.benchmarks import (
     decode_step,
+    quantized_attention,
     read_context,
     reconstruction_score,
     shared_batch,
     stream,
+    surrogate,
     zipped_attention,
 )
 from kvzip.benchmarks.records import OURS, Record
@@ -73,6 +75,13 @@ def _attention(what: str, goal: float, unit: str, other: str, context: int) -> T
     return Target(what, goal, True, unit, zipped_attention.NAME, OURS, other, DECODE, context)
 
 
+def _quantized(
+    what: str, goal: float, at_least: bool, unit: str, contender: str, other: str | None, dtype: str
+) -> Target:
+    case = quantized_attention.decode_case(dtype)
+    return Target(what, goal, at_least, unit, quantized_attention.NAME, contender, other, case)
+
+
 TARGETS: Sequence[Target] = (
     _attention("decode attention, 128k at 0.3: share of the read bandwidth",
                0.85, "share", zipped_attention.CEILING, MODEL_CONTEXT),
@@ -82,6 +91,12 @@ TARGETS: Sequence[Target] = (
                2.7, "x", zipped_attention.DENSE, MODEL_CONTEXT),
     _attention("decode attention, 32k at 0.3: faster than the published attention",
                2.2, "x", zipped_attention.PUBLISHED, 32_768),
+    _quantized("decode attention over int8, 128k at 0.3: faster than not quantised",
+               1.6, True, "x", OURS, quantized_attention.AS_MADE, "int8"),
+    _quantized("... over int4: faster than not quantised",
+               2.4, True, "x", OURS, quantized_attention.AS_MADE, "int4"),
+    _quantized("... over int4: bytes of the pairs over the full cache",
+               0.09, False, "share", quantized_attention.BYTES, None, "int4"),
     Target("decode step, compiled, 128k at 0.3: share of the ceiling (all weights)",
            0.80, True, "share", decode_step.NAME, decode_step.COMPILED, decode_step.CEILING_ALL),
     Target("... without the input embeddings, which a step does not read",
@@ -127,4 +142,10 @@ TARGETS: Sequence[Target] = (
     Target("streaming, 128k: peak bytes of the cache over the full one",
            0.4, False, "share", stream.NAME, f"{stream.STREAMED}, {stream.CACHE_PEAK}",
            stream.FULL_CACHE),
+    Target("prefill scored by a linear KVzap, 128k: time over plain prefill",
+           1.02, False, "share", surrogate.NAME, surrogate.LINEAR, surrogate.PLAIN,
+           surrogate.SCORED, combine=lambda faster: 1 / faster),
+    Target("... by an MLP KVzap",
+           1.02, False, "share", surrogate.NAME, surrogate.MLP, surrogate.PLAIN,
+           surrogate.SCORED, combine=lambda faster: 1 / faster),
 )  # fmt: skip

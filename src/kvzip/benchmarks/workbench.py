@@ -14,7 +14,8 @@ from kvzip.benchmarks.lengths import head_lengths
 from kvzip.benchmarks.records import Record, Subject
 from kvzip.cache import Document
 from kvzip.kernels import Operations, operations
-from kvzip.layers import ContextLayer, Pairs, Tail
+from kvzip.layers import ContextLayer, Tail
+from kvzip.pairs import Pairs
 
 MODEL_GEOMETRY, MODEL_CONTEXT, MODEL_RATIO = "llama3.1-8b", 131_072, 0.3
 """What the whole-model sections measure unless told otherwise."""

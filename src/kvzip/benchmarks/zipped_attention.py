@@ -21,7 +21,8 @@ from kvzip.benchmarks.records import OURS, Record, Result, Subject, compare
 from kvzip.benchmarks.timing import Contender, cold, input_sets, settle
 from kvzip.benchmarks.workbench import Case, Workbench
 from kvzip.kernels import reference
-from kvzip.layers import Pairs
+from kvzip.kernels.logits import Logits
+from kvzip.pairs import Pairs
 
 NAME = "zipped_attention"
 PUBLISHED, PUBLISHED_COPYING = "published", "published, with the copy of the cache"
@@ -71,9 +72,9 @@ class Inputs:
         return self.tail_keys[:, :, :TAIL], self.tail_values[:, :, :TAIL]
 
     @property
-    def scale(self) -> float:
-        """Factor on the logits."""
-        return float(self.query.shape[-1] ** -0.5)
+    def logits(self) -> Logits:
+        """Scaled products, and nothing else."""
+        return Logits(float(self.query.shape[-1] ** -0.5))
 
 
 def cases(bench: Workbench) -> Iterator[Case]:
@@ -100,22 +101,22 @@ def _measure(bench: Workbench, subject: Subject, tokens: int, batch: int) -> Ite
     shape = geometries.find(subject.geometry)
     context, tail = subject.context, max(TAIL, tokens)
     lengths = head_lengths(context, shape.kv_heads, subject.ratio)
-    random = partial(_random_inputs, bench, shape, context, tokens, batch, tail)
+    random = partial(random_inputs, bench, shape, context, tokens, batch, tail)
     zipped_rows = sum(lengths) + batch * shape.kv_heads * tail
     pair_bytes = 2 * shape.head_dim * torch.finfo(bench.dtype).bits // 8
 
     sets = [random(lengths, seed) for seed in range(_sets(bench, zipped_rows * pair_bytes))]
-    contenders = [Contender(OURS, [partial(_ours, bench, inputs) for inputs in sets])]
-    expected = _expected(sets[0])
+    contenders = [Contender(OURS, [partial(attend, bench, inputs) for inputs in sets])]
+    expected = definition(sets[0])
     # memory that was used before holds NaN: what is not written shows
     poison = torch.full((16, *expected.shape), torch.nan, device=bench.device)
     del poison
-    errors = {OURS: _relative(_ours(bench, sets[0]), expected)}
+    errors = {OURS: relative(attend(bench, sets[0]), expected)}
 
     flat_rows = batch * (sum(lengths) + shape.kv_heads * tail)
     flat_sets = [_Flat.of(inputs) for inputs in sets[: _sets(bench, flat_rows * pair_bytes)]]
     contenders.append(Contender(PUBLISHED, [flat.attend for flat in flat_sets]))
-    errors[PUBLISHED] = _relative(flat_sets[0].attend(), expected)
+    errors[PUBLISHED] = relative(flat_sets[0].attend(), expected)
     if tokens == 1:
         contenders.append(
             Contender(PUBLISHED_COPYING, [flat.copy_and_attend for flat in flat_sets])
@@ -128,7 +129,7 @@ def _measure(bench: Workbench, subject: Subject, tokens: int, batch: int) -> Ite
         _Dense.of(random(full, seed)) for seed in range(_sets(bench, dense_rows * pair_bytes))
     ]
     contenders.append(Contender(DENSE, [dense.attend for dense in dense_sets]))
-    errors[DENSE] = _relative(dense_sets[0].attend(), _expected(random(full, 0)))
+    errors[DENSE] = relative(dense_sets[0].attend(), definition(random(full, 0)))
 
     seconds = cold(contenders, bench.device, bench.rounds)
     pairs_met = batch * shape.query_heads * tokens * (sum(lengths) / shape.kv_heads + tail)
@@ -143,7 +144,7 @@ def _sets(bench: Workbench, set_bytes: int) -> int:
     return input_sets(set_bytes, bench.device)
 
 
-def _random_inputs(
+def random_inputs(
     bench: Workbench,
     shape: geometries.Geometry,
     context: int,
@@ -153,6 +154,7 @@ def _random_inputs(
     lengths: list[int],
     seed: int,
 ) -> Inputs:
+    """Inputs of one call: so many tokens of so many rows, and heads of these lengths."""
     generator = torch.Generator(bench.device).manual_seed(seed)
 
     def random(*size: int) -> Tensor:
@@ -168,7 +170,8 @@ def _random_inputs(
     return Inputs(query, Pairs(packed[0], packed[1], kept), tails[0], tails[1], length)
 
 
-def _ours(bench: Workbench, inputs: Inputs) -> Tensor:
+def attend(bench: Workbench, inputs: Inputs) -> Tensor:
+    """The operation under test."""
     pairs = inputs.pairs
     return bench.ours.zipped_attention(
         inputs.query,
@@ -177,21 +180,23 @@ def _ours(bench: Workbench, inputs: Inputs) -> Tensor:
         pairs.indptr,
         inputs.tail_keys,
         inputs.tail_values,
-        inputs.scale,
+        inputs.logits,
         tail_length=inputs.tail_length,
     )
 
 
-def _expected(inputs: Inputs) -> Tensor:
+def definition(inputs: Inputs) -> Tensor:
+    """What the definition says, in float32."""
     pairs = inputs.pairs
     query, keys, values = (x.float() for x in (inputs.query, pairs.keys, pairs.values))
     tail_keys, tail_values = (x.float() for x in inputs.tails)
     return reference.zipped_attention(
-        query, keys, values, pairs.indptr, tail_keys, tail_values, inputs.scale
+        query, keys, values, pairs.indptr, tail_keys, tail_values, inputs.logits
     )
 
 
-def _relative(got: Tensor, expected: Tensor) -> float:
+def relative(got: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over the norm."""
     return float((got.float() - expected).norm() / expected.norm())
 
 
@@ -204,7 +209,7 @@ class _Flat:
     longer: published.Flattened
     query_ends: Tensor
     new: tuple[list[Tensor], list[Tensor]]
-    scale: float
+    logits: Logits
 
     @classmethod
     def of(cls, inputs: Inputs) -> "_Flat":
@@ -217,15 +222,15 @@ class _Flat:
         steps = torch.arange(sequences + 1, dtype=torch.int32, device=ends.device)
         longer = replace(flattened, ends=flattened.ends + steps, lengths=lengths)
         new = [list(tail[:, :, -1:].reshape(-1, 1, 1, tail.shape[-1])) for tail in tails]
-        return cls(inputs.query, flattened, longer, ends, (new[0], new[1]), inputs.scale)
+        return cls(inputs.query, flattened, longer, ends, (new[0], new[1]), inputs.logits)
 
     def attend(self) -> Tensor:
-        return published.varlen_attention(self.query, self.flattened, self.query_ends, self.scale)
+        return published.varlen_attention(self.query, self.flattened, self.query_ends, self.logits)
 
     def copy_and_attend(self) -> Tensor:
         keys, values = published.insert(self.flattened, *self.new)
         grown = replace(self.longer, keys=keys, values=values)
-        return published.varlen_attention(self.query, grown, self.query_ends, self.scale)
+        return published.varlen_attention(self.query, grown, self.query_ends, self.logits)
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ class _Dense:
     query: Tensor
     keys: Tensor
     values: Tensor
-    scale: float
+    logits: Logits
 
     @classmethod
     def of(cls, inputs: Inputs) -> "_Dense":
@@ -247,7 +252,7 @@ class _Dense:
                 (inputs.pairs.dense_values(), inputs.tails[1]),
             )
         )
-        return cls(inputs.query, keys, values, inputs.scale)
+        return cls(inputs.query, keys, values, inputs.logits)
 
     def attend(self) -> Tensor:
-        return published.flash_attention(self.query, self.keys, self.values, self.scale)
+        return published.flash_attention(self.query, self.keys, self.values, self.logits)

@@ -5,6 +5,7 @@ instant.
 """
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,13 +14,27 @@ from typing import Annotated, Any
 import typer
 
 from kvzip import __version__
-from kvzip.cli import ask, bench, chat, demo, inspect, profile, report
+from kvzip.cli import (
+    ask,
+    bench,
+    chat,
+    demo,
+    head_scores,
+    inspect,
+    models,
+    profile,
+    report,
+    train_surrogate,
+)
 from kvzip.cli import eval as eval_
 from kvzip.cli import zip as zip_
 from kvzip.errors import KVzipError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+NOISY = ("huggingface_hub", "torchao", "torch.utils._pytree")
+"""Libraries that log more than errors, some as soon as they are imported."""
 
 # Typer brings its own click from some version on: this is click's UsageError in all of them.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -33,6 +48,9 @@ app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("eval", epilog=eval_.EXAMPLES)(eval_.evaluate)
 app.command("profile", epilog=profile.EXAMPLES)(profile.profile)
 app.command("report", epilog=report.EXAMPLES)(report.report)
+app.command("head-scores", epilog=head_scores.EXAMPLES)(head_scores.head_scores)
+app.command("train-surrogate", epilog=train_surrogate.EXAMPLES)(train_surrogate.train_surrogate)
+app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 
 
@@ -69,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a narrow encoding is no reason to fail
             stream.reconfigure(errors="backslashreplace")
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from kvzip.budget import Budget
 from kvzip.cli.load_model import open_file
 from kvzip.cli.pieces import Pieces
 from kvzip.cli.streaming import stream
@@ -18,6 +19,8 @@ def append(
     ratio: float | None,
     chunk_size: int | None,
     budget: str,
+    scorer: str | None,
+    kv_dtype: str | None,
 ) -> Reading:
     """Read a document behind the one in a .kvz file. The file is not changed yet.
 
@@ -29,6 +32,8 @@ def append(
         ratio: share of the new pairs to keep, that of the file if None.
         chunk_size: as in `stream`.
         budget: as in `stream`.
+        scorer: as in `stream`.
+        kv_dtype: what the pairs are to be quantised to, None for what the file says.
 
     Raises:
         KVzipError: if a file is missing or damaged, the .kvz file is another model's or was not
@@ -39,7 +44,20 @@ def append(
     header = read_header(zipped)
     if header.scorer is None:
         raise KVzipError(f"{zipped} holds no scores: score its cache, and save it again")
+    if kv_dtype is not None and header.kv_dtype not in (None, kv_dtype):
+        raise KVzipError(
+            f"{zipped} holds {header.kv_dtype} codes, which do not turn into {kv_dtype}: leave out "
+            "--kv-dtype"
+        )
     pieces = Pieces(file)
     opened, kv = open_file(zipped, model, device=device)
     share = header.ratio if ratio is None else ratio
-    return stream(opened, pieces, kv, ratio=share, chunk_size=chunk_size, budget=budget)
+    return stream(
+        opened,
+        pieces,
+        kv,
+        amount=Budget(share),
+        chunk_size=chunk_size,
+        budget=budget,
+        scorer=scorer,
+    )

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvzip.cli.budget import warnings_shown
 from kvzip.cli.load_model import open_file
 from kvzip.cli.options import (
     Device,
@@ -14,6 +15,7 @@ from kvzip.cli.options import (
     ModelOfFile,
     check_questions,
 )
+from kvzip.cli.shrinking import Shrink, ShrinkScorer, ShrinkThreshold, shrinking
 
 EXAMPLES = 'Example:\n\nkvzip ask report.kvz "Who signed it?" "When was it signed?"'
 
@@ -23,13 +25,18 @@ def ask(
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="What to ask.")],
     model: ModelOfFile = None,
     max_new_tokens: MaxNewTokens = None,
+    shrink: Shrink = None,
+    shrink_threshold: ShrinkThreshold = None,
+    shrink_scorer: ShrinkScorer = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Answer questions about a zipped document, one line each."""
     check_questions(questions)
+    how = shrinking(shrink, shrink_threshold, shrink_scorer)
     kvzip_model, kv = open_file(file, model, device=device)
-    answers = kvzip_model.ask(kv, questions, max_new_tokens=max_new_tokens)
+    with warnings_shown():
+        answers = kvzip_model.ask(kv, questions, shrink=how, max_new_tokens=max_new_tokens)
     if as_json:
         pairs = zip(questions, answers, strict=True)
         report = {

@@ -26,8 +26,9 @@ def bench(
         str | None,
         typer.Option(
             help="Sections, with commas between: ceilings, zipped_attention, chunk_attention, "
-            "reconstruction_score, compact, decode_step, shared_batch, read_context.",
-            show_default="all",
+            "reconstruction_score, compact, decode_step, shared_batch, read_context, stream, "
+            "surrogate, growth.",
+            show_default="all but growth, which takes longest",
         ),
     ] = None,
     geometry: Annotated[
@@ -65,7 +66,7 @@ def bench(
         raise KVzipError(f"the folder {output.parent} does not exist: create it first")
     from kvzip.benchmarks import suite
     from kvzip.benchmarks.workbench import Plan
-    from kvzip.selection import check_ratio
+    from kvzip.budget import check_ratio
 
     for share in ratios or ():
         check_ratio(share)
@@ -76,7 +77,7 @@ def bench(
         console = Console(highlight=False, width=WIDTH)
     suite.run(
         workbench,
-        _names(only) or tuple(suite.SECTIONS),
+        _names(only) or suite.USUAL,
         console,
         command=["kvzip", *sys.argv[1:]],
         output=output,

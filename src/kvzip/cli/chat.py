@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from kvzip.cli.budget import warnings_shown
 from kvzip.cli.load_model import open_file
 from kvzip.cli.options import Device, KvzFile, MaxNewTokens, ModelOfFile, check_questions
+from kvzip.cli.shrinking import Shrink, ShrinkScorer, ShrinkThreshold, shrinking
 from kvzip.errors import KVzipError
 
 EXAMPLES = "Example:\n\nkvzip chat report.kvz"
@@ -17,12 +19,16 @@ def chat(
     file: KvzFile,
     model: ModelOfFile = None,
     max_new_tokens: MaxNewTokens = None,
+    shrink: Shrink = None,
+    shrink_threshold: ShrinkThreshold = None,
+    shrink_scorer: ShrinkScorer = None,
     device: Device = None,
 ) -> None:
     """Talk about a zipped document.
 
     /forget starts over, /quit or Ctrl-D ends. Ctrl-C stops an answer and forgets its question.
     """
+    how = shrinking(shrink, shrink_threshold, shrink_scorer)
     kvzip_model, context = open_file(file, model, device=device)
     from transformers import TextStreamer
 
@@ -43,13 +49,15 @@ def chat(
             continue
         try:
             check_questions([question])
-            kvzip_model.generate(
-                question,
-                kv=kv,
-                update_cache=True,
-                streamer=streamer,
-                max_new_tokens=max_new_tokens,
-            )
+            with warnings_shown():
+                kvzip_model.generate(
+                    question,
+                    kv=kv,
+                    update_cache=True,
+                    streamer=streamer,
+                    shrink=how,
+                    max_new_tokens=max_new_tokens,
+                )
         except KeyboardInterrupt:
             print()
             notes.print("stopped: question and answer are forgotten")

@@ -98,7 +98,7 @@ def demo(
     document, questions = bundled_document() if file is None else (read_document(file), [])
     if question:
         questions = [Question(text) for text in question]
-    from kvzip.selection import check_ratio
+    from kvzip.budget import check_ratio
 
     check_ratio(ratio)
     kvzip_model = load_model(model, device=device)

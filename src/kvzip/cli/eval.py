@@ -18,7 +18,7 @@ from rich.table import Table
 
 from kvzip.cli.facts import duration, facts
 from kvzip.cli.load_model import load_model
-from kvzip.cli.options import Device, Dtype, Json, Level, Model
+from kvzip.cli.options import Device, Dtype, Json, Level, Model, Quantization
 from kvzip.errors import KVzipError
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def evaluate(
     ] = "0/1",
     seed: Seed = 0,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -98,12 +99,12 @@ def evaluate(
     from kvzip.loading import resolve
 
     settings = Settings(
-        tasks=_task_names(tasks),
-        ratios=_numbers("--ratios", ratios, float),
+        tasks=task_list(tasks),
+        ratios=number_list("--ratios", ratios, float),
         num=num,
         level=level.value,
         scorer=scorer,
-        lengths=None if lengths is None else _numbers("--lengths", lengths, int),
+        lengths=None if lengths is None else number_list("--lengths", lengths, int),
         seed=seed,
         data_dir=data_dir,
         shard=results.Shard.parse(shard),
@@ -112,7 +113,12 @@ def evaluate(
     results.check_folder(output)
     results.check_run(output, settings.asked())
     start = perf_counter()
-    loaded = load_model(model, device=device, dtype=dtype and dtype.value)
+    loaded = load_model(
+        model,
+        device=device,
+        dtype=dtype and dtype.value,
+        quantization=quantization and quantization.value,
+    )
     results.begin(output, run_record(settings, loaded, ["kvzip", *sys.argv[1:]]))
     with results.open_results(output, settings.shard, ratios=len(settings.ratios)) as written:
         with _bar(settings) as progress:
@@ -124,7 +130,8 @@ def evaluate(
             _show(loaded.model_id, output, settings, written, seconds)
 
 
-def _task_names(text: str) -> tuple[str, ...]:
+def task_list(text: str) -> tuple[str, ...]:
+    """Names of tasks with commas between, in which * stands for anything."""
     from kvzip.evaluation import task_names
 
     names: list[str] = []
@@ -136,7 +143,8 @@ def _task_names(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+def number_list(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+    """Numbers with commas between, of an option."""
     try:
         numbers = tuple(kind(part) for part in text.split(","))
     except ValueError as error:

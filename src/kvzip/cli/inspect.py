@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ def inspect(file: KvzFile, as_json: Json = False) -> None:
             "model": header.origin.model_id,
             "fingerprint": header.origin.fingerprint,
             "dtype": header.origin.dtype,
+            "kv_dtype": header.kv_dtype,
             "context_tokens": header.context_tokens,
             "prefix_tokens": header.prefix_length,
             "key_bytes": size.keys,
@@ -51,38 +53,40 @@ def inspect(file: KvzFile, as_json: Json = False) -> None:
         "model": header.origin.model_id,
         "fingerprint": header.origin.fingerprint,
         "tokens": f"{header.context_tokens:,} + {header.prefix_length} in front",
-        "keys": f"{decimal(size.keys)}, {header.origin.dtype}",
-        "values": f"{decimal(size.values)}, {header.origin.dtype}",
+        "keys": f"{decimal(size.keys)}, {header.kv_dtype or header.origin.dtype}",
+        "values": f"{decimal(size.values)}, {header.kv_dtype or header.origin.dtype}",
         "kept": f"{header.realised_ratio:.2%} of the document's pairs, {header.ratio:.2%} asked",
         "scorer": header.scorer or "none",
     }
     console = Console(highlight=False)
     console.print(facts(rows), soft_wrap=True)
-    full = [i for i, window in enumerate(header.windows) if window is None]
     console.print()
-    console.print(head_map(kept.tolist(), full, console))
+    console.print(head_map(kept.tolist(), header.prunable, console))
+
+
+ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I16": 2}
+"""Bytes of an element, by the dtype's name in a safetensors file."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of keys and of values in a file."""
+    """Bytes of keys and of values in a file, scales included."""
 
     keys: int
     values: int
 
 
 def _size(path: Path, header: "Header") -> Size:
-    import torch
     from safetensors import SafetensorError, safe_open
 
-    itemsize = getattr(torch, header.origin.dtype).itemsize
     numbers = {"keys": 0, "values": 0}
     try:
         with safe_open(path, framework="pt") as file:
-            for layer in range(len(header.windows)):
-                for part in numbers:
-                    shape = file.get_slice(f"layers.{layer}.{part}").get_shape()
-                    numbers[part] += torch.Size(shape).numel()
-    except (OSError, SafetensorError) as error:
+            for name in header.checksums:
+                kind = name.split(".")[2:3]  # layers.0.keys, layers.0.keys.scales
+                if kind and kind[0] in numbers:
+                    part = file.get_slice(name)
+                    numbers[kind[0]] += prod(part.get_shape()) * ITEMSIZE[part.get_dtype()]
+    except (OSError, LookupError, SafetensorError) as error:
         raise KVzipError(f"{path} is damaged: {error}") from error
-    return Size(numbers["keys"] * itemsize, numbers["values"] * itemsize)
+    return Size(numbers["keys"], numbers["values"])

@@ -1,6 +1,5 @@
 """Load a model without the noise that libraries make on a terminal."""
 
-import logging
 import sys
 import warnings
 from pathlib import Path
@@ -12,34 +11,48 @@ if TYPE_CHECKING:
     from kvzip import ContextCache, ModelKVzip
 
 
+def check_device(device: str) -> None:
+    """Raise KVzipError if a device is unknown or cannot be had."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).splitlines()[0]
+        raise KVzipError(f"device {device!r} cannot be used: {cause}") from error
+
+
+def silence() -> None:
+    """Let transformers say nothing, and show no bars of its own, unless there is a terminal."""
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
 def load_model(
-    name: str | None, *, device: str | None = None, dtype: str | None = None
+    name: str | None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
 ) -> "ModelKVzip":
     """Load a model; only downloads show progress, and only on a terminal.
 
     Raises:
         KVzipError: if the model or the device is unknown or cannot be had.
     """
-    import torch
-    import transformers
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
     from kvzip import ModelKVzip, loading
 
     loading.resolve(name)
     if device is not None:
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError) as error:
-            cause = str(error).splitlines()[0]
-            raise KVzipError(f"device {device!r} cannot be used: {cause}") from error
-    warnings.simplefilter("ignore")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    return ModelKVzip(name, device=device, dtype=dtype)
+        check_device(device)
+    silence()
+    return ModelKVzip(name, device=device, dtype=dtype, quantization=quantization)
 
 
 def open_file(
@@ -57,7 +70,8 @@ def open_file(
     """
     from kvzip import loading, storage
 
-    name = storage.read_header(path).origin.model_id if model is None else model
+    origin = storage.read_header(path).origin
+    name = origin.model_id if model is None else model
     try:
         loading.resolve(name)
     except KVzipError as error:
@@ -66,5 +80,7 @@ def open_file(
         raise KVzipError(
             f"{path} was made with model {name!r}, which is not here: say where with --model"
         ) from error
-    opened = load_model(name, device=device)
+    # what weights are quantised to depends on their dtype
+    dtype = origin.dtype if origin.quantization else None
+    opened = load_model(name, device=device, dtype=dtype, quantization=origin.quantization)
     return opened, opened.load(path)

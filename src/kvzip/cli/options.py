@@ -45,6 +45,15 @@ MaxNewTokens = Annotated[
 ]
 
 
+class QuantizationName(str, Enum):
+    """Quantisations of `quantized_weights`."""
+
+    int8 = "int8"
+    w8a8 = "w8a8"
+    fp8 = "fp8"
+    int4 = "int4"
+
+
 class DtypeName(str, Enum):
     """Dtypes that a model can be loaded in."""
 
@@ -67,6 +76,29 @@ Dtype = Annotated[
         help="Dtype of weights and cache.",
         show_default="float32 on a CPU, else the checkpoint's",
     ),
+]
+
+
+Quantization = Annotated[
+    QuantizationName | None,
+    typer.Option(
+        help="Quantise the weights; w8a8 and fp8: activations, too; fp8 and int4: on a GPU.",
+        show_default="as published",
+    ),
+]
+
+
+class KvDtypeName(str, Enum):
+    """Quantisations of `kernels.quantization`."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+    int4 = "int4"
+
+
+KvDtype = Annotated[
+    KvDtypeName | None,
+    typer.Option(help="Quantise the pairs that are kept.", show_default="dtype of the cache"),
 ]
 
 

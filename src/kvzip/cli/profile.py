@@ -15,7 +15,7 @@ from rich.text import Text
 from kvzip.cli.eval import DataDir, Scorer, Seed
 from kvzip.cli.facts import durations, facts, shrinking
 from kvzip.cli.load_model import load_model
-from kvzip.cli.options import Device, Dtype, Json, Level, Model, Ratio
+from kvzip.cli.options import Device, Dtype, Json, KvDtype, Level, Model, Quantization, Ratio
 from kvzip.errors import KVzipError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Profile:
         sample: what was read and asked.
         context_tokens: tokens of the context.
         realised_ratio: share of its pairs that was kept.
+        kv_dtype: what they were quantised to, None if they were not.
         seconds: of each stage.
         full: before eviction.
         zipped: after.
@@ -66,6 +67,7 @@ class Profile:
     sample: "Sample"
     context_tokens: int
     realised_ratio: float
+    kv_dtype: str | None
     seconds: dict[str, float]
     full: Asked
     zipped: Asked
@@ -91,6 +93,8 @@ def profile(
     ] = None,
     seed: Seed = 0,
     dtype: Dtype = None,
+    quantization: Quantization = None,
+    kv_dtype: KvDtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -110,13 +114,25 @@ def profile(
         data_dir=data_dir,
     )
     resolve(model)
-    loaded = load_model(model, device=device, dtype=dtype and dtype.value)
+    loaded = load_model(
+        model,
+        device=device,
+        dtype=dtype and dtype.value,
+        quantization=quantization and quantization.value,
+    )
     models = with_instructions(loaded, kv_type="evict")
     found: Job | None = next(islice(jobs(settings, models), index, None), None)
     if found is None:
         raise KVzipError(f"{task} has no sample {index}: choose a smaller --index")
     try:
-        shown = measure(models(found.instruction), found.sample, ratio, level.value, scorer)
+        shown = measure(
+            models(found.instruction),
+            found.sample,
+            ratio,
+            level.value,
+            scorer,
+            kv_dtype and kv_dtype.value,
+        )
     except UnfitError as error:
         raise KVzipError(f"{found.sample.id} does not fit: {error}") from error
     if as_json:
@@ -126,7 +142,12 @@ def profile(
 
 
 def measure(
-    model: "ModelKVzip", sample: "Sample", ratio: float, level: str, scorer: str
+    model: "ModelKVzip",
+    sample: "Sample",
+    ratio: float,
+    level: str,
+    scorer: str,
+    kv_dtype: str | None = None,
 ) -> Profile:
     """Read, score and ask, evict and ask again.
 
@@ -147,7 +168,7 @@ def measure(
         answers = ask(model, kv, sample.questions)
     full = _asked(model, kv, sample, answers, answers)
     with timed(seconds, "compact"):
-        kv.prune(ratio, level)
+        kv.prune(ratio, level, kv_dtype=kv_dtype)
     _reset_peak()
     with timed(seconds, "answer zipped"):
         zipped = ask(model, kv, sample.questions)
@@ -155,6 +176,7 @@ def measure(
         sample=sample,
         context_tokens=kv.document.context_length,
         realised_ratio=kv.realised_ratio,
+        kv_dtype=kv_dtype,
         seconds=seconds,
         full=full,
         zipped=_asked(model, kv, sample, zipped, answers),
@@ -211,6 +233,7 @@ def _report(
         "context_tokens": shown.context_tokens,
         "ratio_requested": ratio,
         "ratio_realised": shown.realised_ratio,
+        "kv_dtype": shown.kv_dtype,
         "kv_bytes_full": full.kv_bytes,
         "kv_bytes_zipped": zipped.kv_bytes,
         "device_bytes_full": full.device_bytes,
@@ -246,7 +269,8 @@ def _show(model_id: str, ratio: float, shown: Profile) -> None:
     rows = {
         "model": model_id,
         "sample": f"{shown.sample.id}, {shown.context_tokens:,} tokens",
-        "kept": f"{shown.realised_ratio:.2%} of the context's pairs, {ratio:.2%} asked",
+        "kept": f"{shown.realised_ratio:.2%} of the context's pairs, {ratio:.2%} asked"
+        + (f", as {shown.kv_dtype}" if shown.kv_dtype else ""),
         "cache": shrinking(full.kv_bytes, zipped.kv_bytes),
         "time": durations(shown.seconds),
         "score": f"{_mean(full.scores):.3f} → {_mean(zipped.scores):.3f}",

@@ -17,7 +17,14 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-LABELS = {"prefill": "reading", "score": "scoring", "full": "asking", "zipped": "asking zipped"}
+LABELS = {
+    "prefill": "reading",
+    "score": "scoring",
+    "fit": "fitting",
+    "check": "checking",
+    "full": "asking",
+    "zipped": "asking zipped",
+}
 
 
 @contextmanager

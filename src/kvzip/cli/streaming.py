@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvzip.budget import Budget
+from kvzip.cli.budget import warnings_shown
 from kvzip.cli.load_model import load_model
-from kvzip.cli.options import DtypeName
+from kvzip.cli.options import DtypeName, QuantizationName
 from kvzip.cli.pieces import Pieces
 from kvzip.cli.progress import streaming_bar
 from kvzip.cli.zip_report import Reading
@@ -21,14 +23,23 @@ def read_streaming(
     *,
     device: str | None,
     dtype: DtypeName | None,
-    ratio: float,
+    quantization: QuantizationName | None,
+    amount: Budget,
     chunk_size: int | None,
     budget: str,
+    scorer: str | None,
 ) -> Reading:
     """Load a model and read a document; the arguments are those of the command and of `stream`."""
     pieces = Pieces(file)
-    loaded = load_model(model, device=device, dtype=dtype and dtype.value)
-    return stream(loaded, pieces, ratio=ratio, chunk_size=chunk_size, budget=budget)
+    loaded = load_model(
+        model,
+        device=device,
+        dtype=dtype and dtype.value,
+        quantization=quantization and quantization.value,
+    )
+    return stream(
+        loaded, pieces, amount=amount, chunk_size=chunk_size, budget=budget, scorer=scorer
+    )
 
 
 def stream(
@@ -36,9 +47,10 @@ def stream(
     pieces: Pieces,
     kv: "ContextCache | None" = None,
     *,
-    ratio: float,
+    amount: Budget,
     chunk_size: int | None,
     budget: str,
+    scorer: str | None,
 ) -> Reading:
     """Read a document into a cache, chunk after chunk.
 
@@ -46,28 +58,32 @@ def stream(
         model: the model.
         pieces: the document.
         kv: what to read further into, None for a new cache.
-        ratio: share of the new pairs to keep.
+        amount: how much of the new pairs to keep.
         chunk_size: tokens that are read, scored and compacted at once, as the library if None.
         budget: see `kvzip.streaming.Streaming`.
+        scorer: how to score them, None for as before, or else by reconstruction.
     """
     from kvzip.cli.timing import timed
     from kvzip.streaming import CHUNK_SIZE, chunks_of
 
     size = CHUNK_SIZE if chunk_size is None else chunk_size
-    how: dict[str, Any] = {"ratio": ratio, "chunk_size": size, "budget": budget}
+    how: dict[str, Any] = {"ratio": amount, "chunk_size": size, "budget": budget}
+    scored: dict[str, Any] = {} if scorer is None else {"scorer": scorer}
     ids = map(model.prompts.context_ids, pieces)
     tokens, seconds = 0, dict[str, float]()
-    with _peak(model) as held, timed(seconds, "stream"), streaming_bar(pieces.size) as report:
+    shown = warnings_shown()
+    timer = timed(seconds, "stream")
+    with shown, timer, _peak(model) as held, streaming_bar(pieces.size) as report:
         for chunk in chunks_of(ids, size):
             if kv is None:
-                kv = model.prefill(chunk, streaming=True, **how)
+                kv = model.prefill(chunk, streaming=True, **how, **scored)
             else:
-                model.extend(kv, chunk, **how)
+                model.extend(kv, chunk, **how, **scored)
             tokens += len(chunk)
             held.append(kv.nbytes)
             report(pieces.done, tokens, held[-1])
     assert kv is not None, "pieces hold some text"
-    return Reading(model, kv, max(held), tokens, seconds=seconds)
+    return Reading(model, kv, max(held), tokens, budget=amount, seconds=seconds)
 
 
 @contextmanager

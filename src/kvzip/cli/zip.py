@@ -1,13 +1,25 @@
 """`kvzip zip`: read a document, evict, save."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kvzip.budget import Budget, Span
 from kvzip.cli.append import append
+from kvzip.cli.budget import (
+    Bytes,
+    Keep,
+    KeepText,
+    MinPerHead,
+    Threshold,
+    Tokens,
+    parts_to_keep,
+    warnings_shown,
+)
 from kvzip.cli.load_model import load_model
 from kvzip.cli.options import (
     STANDARD_INPUT,
@@ -15,8 +27,11 @@ from kvzip.cli.options import (
     Dtype,
     DtypeName,
     Json,
+    KvDtype,
     Level,
     Model,
+    Quantization,
+    QuantizationName,
     read_document,
 )
 from kvzip.cli.progress import progress_bar
@@ -27,13 +42,16 @@ from kvzip.errors import KVzipError
 EXAMPLES = (
     "Examples:\n\n"
     "kvzip zip report.txt -m qwen2.5-7b -r 0.3 -o report.kvz\n\n"
+    'kvzip zip report.txt --bytes 2GB --keep-text "Table 1"\n\n'
     "pdftotext report.pdf - | kvzip zip - --streaming -o report.kvz\n\n"
     "kvzip zip --append report.kvz annex.txt"
 )
 RATIO = 0.3
+SCORER = "reconstruction"
+STREAMING_OPTIONS = ("--chunk-size", "--budget")
 
 
-class Budget(str, Enum):
+class StreamingBudget(str, Enum):
     """Budgets of `streaming.Streaming`."""
 
     chunk = "chunk"
@@ -61,6 +79,12 @@ def zip_file(
             show_default="0.3, or that of the file appended to",
         ),
     ] = None,
+    tokens: Tokens = None,
+    bytes: Bytes = None,
+    threshold: Threshold = None,
+    min_per_head: MinPerHead = 0,
+    keep: Keep = None,
+    keep_text: KeepText = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -76,6 +100,13 @@ def zip_file(
             help="Choose among all pairs together, in each head by itself, or whole heads."
         ),
     ] = Level.pair,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            help="How pairs are scored; a surrogate, such as kvzap:mlp, needs no second pass.",
+            show_default="reconstruction, or that of the file appended to",
+        ),
+    ] = None,
     reach: Annotated[
         Reach | None,
         typer.Option(
@@ -101,7 +132,7 @@ def zip_file(
         ),
     ] = None,
     budget: Annotated[
-        Budget | None,
+        StreamingBudget | None,
         typer.Option(
             help="Streaming: a share of every chunk, or the best pairs of all so far.",
             show_default="chunk",
@@ -109,49 +140,84 @@ def zip_file(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
     dtype: Dtype = None,
+    quantization: Quantization = None,
+    kv_dtype: KvDtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Read a document once, evict most of its KV cache, and save the rest to a .kvz file."""
+    limits: dict[str, Any] = {"tokens": tokens, "bytes": bytes, "threshold": threshold}
     _check_options(
         "--append" if append_to else "--streaming" if streaming else None,
         {
+            "--tokens": tokens is not None,
+            "--bytes": bytes is not None,
+            "--threshold": append_to is not None and threshold is not None,
+            "--min-per-head": min_per_head > 0,
+            "--keep": bool(keep),
+            "--keep-text": bool(keep_text),
             "--level": level is not Level.pair,
             "--reach": reach is not None,
             "--chunk-size": chunk_size is not None,
             "--budget": budget is not None,
             "--dtype": append_to is not None and dtype is not None,
+            "--quantization": append_to is not None and quantization is not None,
         },
     )
+    given = [limit for limit in (ratio, *limits.values()) if limit is not None]
+    asked = Budget(ratio if given else RATIO, **limits, min_per_head=min_per_head)
+    parts = parts_to_keep(keep or (), keep_text or ())
     output = _output(file, output, append_to)
     overwrite = force or output == append_to
     from kvzip.loading import resolve
-    from kvzip.selection import check_ratio
+    from kvzip.scoring import get_scorer
+    from kvzip.selection import check_level
     from kvzip.storage import check_output
 
-    if ratio is not None:
-        check_ratio(ratio)
+    check_level(level.value, asked)
+    get_scorer(scorer or SCORER)
     check_output(output, overwrite=overwrite)
     if append_to is None or model is not None:
         resolve(model)
-    share = RATIO if ratio is None else ratio
-    how: dict[str, Any] = {"chunk_size": chunk_size, "budget": (budget or Budget.chunk).value}
+    how: dict[str, Any] = {
+        "chunk_size": chunk_size,
+        "budget": (budget or StreamingBudget.chunk).value,
+        "scorer": scorer,
+    }
+    codes = kv_dtype and kv_dtype.value
     if append_to is not None:
-        read = append(append_to, file, model=model, device=device, ratio=ratio, **how)
+        read = append(
+            append_to, file, model=model, device=device, ratio=ratio, kv_dtype=codes, **how
+        )
     elif streaming:
-        read = read_streaming(file, model, device=device, dtype=dtype, ratio=share, **how)
+        read = read_streaming(
+            file,
+            model,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            amount=asked,
+            **how,
+        )
     else:
         read = _read_twice(
             file,
             model,
             device=device,
             dtype=dtype,
-            ratio=share,
+            quantization=quantization,
+            budget=asked,
+            parts=parts,
             level=level,
+            scorer=scorer or SCORER,
             reach=reach or Reach.context,
+            kv_dtype=codes,
         )
     from kvzip.cli.timing import timed
 
+    if codes != read.kv.kv_dtype and codes is not None:
+        with timed(read.seconds, "quantise"):
+            read.kv.quantize(codes)
     with timed(read.seconds, "save"):
         read.kv.save(output.resolve(), overwrite=overwrite)  # a link to a file stays one
     print_report(output, read, as_json=as_json)
@@ -163,26 +229,54 @@ def _read_twice(
     *,
     device: str | None,
     dtype: DtypeName | None,
-    ratio: float,
+    quantization: QuantizationName | None,
+    budget: Budget,
+    parts: Sequence[str | Span],
     level: Level,
+    scorer: str,
     reach: Reach,
+    kv_dtype: str | None,
 ) -> Reading:
     """Read a document, score all of it, and evict."""
     text = read_document(file)
     from kvzip.cli.timing import timed
+    from kvzip.scoring import is_surrogate
+    from kvzip.spans import characters
 
-    kvzip_model = load_model(model, device=device, dtype=dtype and dtype.value)
+    places = characters(text, parts)
+    kvzip_model = load_model(
+        model,
+        device=device,
+        dtype=dtype and dtype.value,
+        quantization=quantization and quantization.value,
+    )
+    if places:
+        budget = replace(budget, keep=kvzip_model.spans(text, places))
     seconds: dict[str, float] = {}
     with progress_bar(("prefill", "score")) as progress:
         with timed(seconds, "prefill"):
-            kv = kvzip_model.read(text, progress=progress)
-        with timed(seconds, "score"):
-            kvzip_model.score(kv, reach=reach.value, progress=progress)
+            if is_surrogate(scorer):
+                kv = kvzip_model.prefill(text, scorer=scorer, reach=reach.value, progress=progress)
+            else:
+                kv = kvzip_model.read(text, progress=progress)
+        kv.check(budget, level.value, kv_dtype)
+        if not is_surrogate(scorer):
+            with timed(seconds, "score"):
+                kvzip_model.score(kv, scorer=scorer, reach=reach.value, progress=progress)
     full = kv.nbytes
-    with timed(seconds, "compact"):
-        kv.prune(ratio, level.value)
+    with warnings_shown(), timed(seconds, "compact"):
+        kv.prune(budget, level.value, kv_dtype=kv_dtype)
     tokens = kv.document.context_length
-    return Reading(kvzip_model, kv, full, tokens, level=level.value, full=full, seconds=seconds)
+    return Reading(
+        kvzip_model,
+        kv,
+        full,
+        tokens,
+        budget=budget,
+        level=level.value,
+        full=full,
+        seconds=seconds,
+    )
 
 
 def _check_options(streams: str | None, given: Mapping[str, bool]) -> None:
@@ -192,11 +286,10 @@ def _check_options(streams: str | None, given: Mapping[str, bool]) -> None:
         streams: the option that makes this a streaming one, None if it is not.
         given: whether the option was given, for those that depend on it.
     """
-    allowed = {"--chunk-size", "--budget"} if streams else {"--level", "--reach"}
     for option in (option for option, is_given in given.items() if is_given):
-        if option not in allowed and streams:
+        if streams and option not in STREAMING_OPTIONS:
             raise KVzipError(f"{option} does not go with {streams}: leave it out")
-        if option not in allowed:
+        if not streams and option in STREAMING_OPTIONS:
             raise KVzipError(f"{option} is for streaming: add --streaming, or leave it out")
 
 

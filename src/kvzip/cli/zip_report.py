@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.filesize import decimal
 
+from kvzip.budget import Budget
 from kvzip.cli.facts import durations, facts, shrinking
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Reading:
         kv: the zipped cache.
         peak: the most bytes of keys and values that it held.
         tokens: tokens that were read just now.
+        budget: what was asked for, None for the cache's ratio.
         level: granularity of the selection.
         full: bytes of the full cache, None if there never was one.
         seconds: how long each stage took.
@@ -32,6 +34,7 @@ class Reading:
     kv: "ContextCache"
     peak: int
     tokens: int
+    budget: Budget | None = None
     level: str = "pair"
     full: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -56,8 +59,10 @@ def print_report(output: Path, read: Reading, *, as_json: bool) -> None:
             "prefix_tokens": document.prefix_length,
             "tokens_read": read.tokens,
             "level": read.level,
+            "budget": (read.budget or Budget(kv.ratio)).asked(),
             "ratio_requested": kv.ratio,
             "ratio_realised": kv.realised_ratio,
+            "kv_dtype": kv.kv_dtype,
             "kv_bytes_full": read.full,
             "kv_bytes_peak": read.peak,
             "kv_bytes_zipped": kv.nbytes,
@@ -75,7 +80,8 @@ def print_report(output: Path, read: Reading, *, as_json: bool) -> None:
         "cache": f"{decimal(kv.nbytes)}, at most {decimal(read.peak)} while reading"
         if read.full is None
         else shrinking(read.full, kv.nbytes),
-        "kept": f"{kv.realised_ratio:.2%} of the document's pairs",
+        "kept": f"{kv.realised_ratio:.2%} of the document's pairs"
+        + (f", as {kv.kv_dtype}" if kv.kv_dtype else ""),
         "time": f"{durations(read.seconds)}; {speed:,.0f} tokens/s",
     }
     Console(highlight=False).print(facts(rows), soft_wrap=True)

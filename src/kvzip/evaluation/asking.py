@@ -14,6 +14,7 @@ from kvzip.errors import KVzipError
 from kvzip.evaluation.likelihood import Likelihood, likelihoods
 from kvzip.evaluation.samples import CountTokens, Question, Sample
 from kvzip.model import ModelKVzip
+from kvzip.prefill import Progress, silent
 from kvzip.scoring.reconstruction import SHORTEST_CHUNK
 
 QUESTIONS_AT_ONCE = 32
@@ -64,7 +65,9 @@ def check_fit(model: ModelKVzip, sample: Sample) -> None:
         )
 
 
-def score_context(model: ModelKVzip, kv: ContextCache, scorer: str) -> ContextCache:
+def score_context(
+    model: ModelKVzip, kv: ContextCache, scorer: str, *, progress: Progress = silent
+) -> ContextCache:
     """Score a full cache by the scorer of a name.
 
     Raises:
@@ -72,7 +75,7 @@ def score_context(model: ModelKVzip, kv: ContextCache, scorer: str) -> ContextCa
         KVzipError: if it cannot be scored for another reason.
     """
     try:
-        return model.score(kv, scorer=scorer)
+        return model.score(kv, scorer=scorer, progress=progress)
     except KVzipError as error:
         context = kv.document.token_ids[kv.document.prefix_length :]
         request = model.prompts.repeat_ids(context, context[:0])
@@ -83,8 +86,9 @@ def score_context(model: ModelKVzip, kv: ContextCache, scorer: str) -> ContextCa
 
 
 def packed_bytes(kv: ContextCache) -> int:
-    """Bytes of the keys and values of a context that answers read, without those retained."""
-    return sum(layer.context.keys.nbytes + layer.context.values.nbytes for layer in kv.layers)
+    """Bytes of what answers read of a context, without those of retained pairs."""
+    parts = (layer.context.tensors().values() for layer in kv.layers)
+    return sum(tensor.nbytes for tensors in parts for tensor in tensors)
 
 
 def ask(model: ModelKVzip, kv: ContextCache, questions: Sequence[Question]) -> list[Answer]:

@@ -63,7 +63,9 @@ def likelihoods(
         )
     found: list[Likelihood] = []
     vocabulary = model.get_input_embeddings().num_embeddings
-    for rows in _batches(queries, answers, LOGITS_AT_ONCE // vocabulary):
+    # layers of linear attention have their state for a single row
+    positions = 1 if kv.stateful else LOGITS_AT_ONCE // vocabulary
+    for rows in _batches(queries, answers, positions):
         found += _read(model, kv, rows)
     return found
 

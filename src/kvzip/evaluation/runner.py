@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 
 from kvzip.benchmarks.provenance import provenance
+from kvzip.budget import check_ratio
 from kvzip.errors import KVzipError
 from kvzip.evaluation.asking import (
     Answer,
@@ -33,7 +34,7 @@ from kvzip.evaluation.samples import Instruction, Question, Sample
 from kvzip.evaluation.tasks import get_task
 from kvzip.model import RECONSTRUCTION, ModelKVzip
 from kvzip.scoring import get_scorer
-from kvzip.selection import LEVELS, check_ratio
+from kvzip.selection import LEVELS
 
 Models = Callable[[Instruction], ModelKVzip]
 """The model with an instruction in front of the context."""
@@ -124,6 +125,7 @@ def run_record(settings: Settings, model: ModelKVzip, command: Sequence[str]) ->
         "fingerprint": origin.fingerprint,
         "tokenizer_hash": origin.tokenizer_hash,
         "dtype": origin.dtype,
+        "quantization": origin.quantization,
         "device": where["device"],
         **settings.asked(),
         "versions": {

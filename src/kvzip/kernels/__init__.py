@@ -7,14 +7,18 @@ kernel that PyTorch brings along where that is faster.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvzip.errors import KVzipError
 from kvzip.kernels import reference
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -36,7 +40,9 @@ class Operations:
     chunk_attention: Callable[..., Tensor]
     sliding_attention: Callable[..., Tensor]
     zipped_attention: Callable[..., Tensor]
+    quantized_attention: Callable[..., Tensor]
     reconstruction_score: Callable[..., Tensor]
+    repeat_attention: Callable[..., tuple[Tensor, Tensor]]
     compact: Callable[..., tuple[Tensor, Tensor]]
     append: Callable[..., None]
 
@@ -46,7 +52,9 @@ REFERENCE = Operations(
     chunk_attention=reference.chunk_attention,
     sliding_attention=reference.sliding_attention,
     zipped_attention=reference.zipped_attention,
+    quantized_attention=reference.quantized_attention,
     reconstruction_score=reference.reconstruction_score,
+    repeat_attention=reference.repeat_attention,
     compact=reference.compact,
     append=reference.append,
 )
@@ -97,15 +105,29 @@ def _triton() -> Operations:
         chunk_attention,
         compact,
         reconstruction_score,
+        repeat_attention,
         zipped_attention,
     )
 
     return Operations(
         name="triton",
-        chunk_attention=chunk_attention.chunk_attention,
+        chunk_attention=_there(chunk_attention.chunk_attention),
         sliding_attention=reference.sliding_attention,
-        zipped_attention=zipped_attention.zipped_attention,
-        reconstruction_score=reconstruction_score.reconstruction_score,
-        compact=compact.compact,
-        append=append.append,
+        zipped_attention=_there(zipped_attention.zipped_attention),
+        quantized_attention=_there(zipped_attention.quantized_attention),
+        reconstruction_score=_there(reconstruction_score.reconstruction_score),
+        repeat_attention=_there(repeat_attention.repeat_attention),
+        compact=_there(compact.compact),
+        append=_there(append.append),
     )
+
+
+def _there(operation: Callable[P, T]) -> Callable[P, T]:
+    """An operation that runs where its first tensor is: Triton launches on the current device."""
+
+    @wraps(operation)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.cuda.device_of(args[0]):
+            return operation(*args, **kwargs)
+
+    return run

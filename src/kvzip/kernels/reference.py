@@ -15,10 +15,15 @@ Packed pairs are `[rows, D]` with `indptr` `[H + 1]`: head `h` owns rows `indptr
 Half-precision inputs are accumulated in float32.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+
+from kvzip.kernels.logits import Logits, softmax
+from kvzip.kernels.quantization import QuantizedRows, dequantize
 
 MAX_LOGITS = 2**25
 """Logits held at a time (128 MiB in float32); longer queries are worked off in blocks."""
@@ -30,7 +35,7 @@ def chunk_attention(
     context_values: Tensor,
     keys: Tensor,
     values: Tensor,
-    scale: float,
+    logits: Logits,
 ) -> Tensor:
     """Dense attention from a chunk of tokens to all of a context and, causally, to the chunk.
 
@@ -40,7 +45,7 @@ def chunk_attention(
         context_values: `[B, H, s, D]`.
         keys: `[B, H, t, D]`, the chunk's own.
         values: `[B, H, t, D]`.
-        scale: factor on the logits.
+        logits: what to make of the products of queries and keys.
 
     Returns:
         `[B, Hq, t, D]` in the dtype of `query`.
@@ -49,13 +54,17 @@ def chunk_attention(
     if s:
         keys = torch.cat([context_keys, keys], dim=2)
         values = torch.cat([context_values, values], dim=2)
+    if not logits.plain:
+        ends = torch.arange(s, s + t, device=query.device)
+        columns = torch.arange(s + t, device=query.device)
+        return _attend(query, keys, values, lambda rows: columns > ends[rows, None], logits)
     return F.scaled_dot_product_attention(
         query,
         keys,
         values,
         attn_mask=causal_lower_right(t, s + t) if s and t > 1 else None,
         is_causal=s == 0 and t > 1,
-        scale=scale,
+        scale=logits.scale,
         enable_gqa=query.shape[1] != keys.shape[1],
     )
 
@@ -67,7 +76,7 @@ def sliding_attention(
     query_positions: Tensor,
     key_positions: Tensor,
     window: int,
-    scale: float,
+    logits: Logits,
 ) -> Tensor:
     """Attention in which a query at position `i` sees the keys at positions `i - window < j <= i`.
 
@@ -78,19 +87,22 @@ def sliding_attention(
         query_positions: `[B or 1, t]`, int64.
         key_positions: `[B or 1, s]`, int64; a negative position hides the key.
         window: number of positions seen, the query's own included.
-        scale: factor on the logits.
+        logits: what to make of the products of queries and keys.
 
     Returns:
         `[B, Hq, t, D]` in the dtype of `query`.
     """
     behind = query_positions[:, :, None] - key_positions[:, None, :]  # [B or 1, t, s]
     visible = (behind >= 0) & (behind < window) & (key_positions[:, None, :] >= 0)
+    if not logits.plain:
+        hidden = ~visible[:, None, None]  # [B or 1, 1, 1, t, s]
+        return _attend(query, keys, values, lambda rows: hidden[..., rows, :], logits)
     return F.scaled_dot_product_attention(
         query,
         keys,
         values,
         attn_mask=visible[:, None],
-        scale=scale,
+        scale=logits.scale,
         enable_gqa=query.shape[1] != keys.shape[1],
     )
 
@@ -102,7 +114,7 @@ def zipped_attention(
     indptr: Tensor,
     tail_keys: Tensor,
     tail_values: Tensor,
-    scale: float,
+    logits: Logits,
     *,
     tail_length: Tensor | None = None,
     starts: Tensor | None = None,
@@ -119,7 +131,7 @@ def zipped_attention(
         indptr: `[H + 1]`, int64.
         tail_keys: `[B, H, s, D]` with `s >= t`.
         tail_values: `[B, H, s, D]`.
-        scale: factor on the logits.
+        logits: what to make of the products of queries and keys.
         tail_length: `[1]`, int64: columns of the tail in use, all of them if None. A tensor, so
             that it may change between two runs of one CUDA graph.
         starts: `[B]`, int64: first column of the tail that is no padding (rows padded on the left),
@@ -130,76 +142,90 @@ def zipped_attention(
     Returns:
         `[B, Hq, t, D]` in the dtype of `query`.
     """
-    if tail_length is not None:
-        end = int(tail_length)
-        tail_keys, tail_values = tail_keys[:, :, :end], tail_values[:, :, :end]
-    batch, query_heads, t, head_dim = query.shape
-    kv_heads, s = tail_keys.shape[1:3]
     lengths = indptr.diff().tolist()
-    blocks = _blocks(t, batch * query_heads * (max(lengths) + s))
-    if len(blocks) > 1:  # a block of queries sees the tail up to its own last token
-        parts = []
-        for block in blocks:
-            tail = slice(0, s - t + block.stop)
-            tails = tail_keys[:, :, tail], tail_values[:, :, tail]
-            part = query[:, :, block]
-            parts.append(
-                zipped_attention(
-                    part, keys, values, indptr, *tails, scale, starts=starts, window=window
-                )
-            )
-        return torch.cat(parts, dim=2)
-
-    accumulate = _accumulation_dtype(query)
     rows = sum(lengths)
-    tail_keys = tail_keys.to(accumulate).flatten(0, 1)  # [B * H, s, D]
-    tail_values = tail_values.to(accumulate).flatten(0, 1)
-    queries = (query.to(accumulate) * scale).reshape(batch * kv_heads, -1, head_dim)
-    on_tail = torch.bmm(queries, tail_keys.mT)  # [B * H, G * t, s]
-    hidden = _hidden_in_tail(t, s, starts, window, query.device)
-    if hidden is not None:
-        by_token = on_tail.view(batch, query_heads, t, s)
-        on_tail = by_token.masked_fill(hidden, -torch.inf).view(on_tail.shape)
-    from_context, weights_on_tail = [], []
-    for length, head_keys, head_values, head_queries, head_on_tail in zip(
-        lengths,
-        keys[:rows].split(lengths),
-        values[:rows].split(lengths),
-        _by_head(queries, batch).unbind(0),  # [B * G * t, D] of each head
-        _by_head(on_tail, batch).unbind(0),
-        strict=True,
-    ):
-        on_context = head_queries @ head_keys.to(accumulate).T
-        if window is not None:
-            hidden = _hidden_in_context(t, s, length, starts, window, query.device)
-            by_token = on_context.view(batch, query_heads // kv_heads, t, length)
-            on_context = by_token.masked_fill(hidden, -torch.inf).view(on_context.shape)
-        weights = torch.cat([on_context, head_on_tail], dim=-1).softmax(-1)
-        from_context.append(weights[:, :length] @ head_values.to(accumulate))
-        weights_on_tail.append(weights[:, length:])
-    from_tail = torch.bmm(_by_row(torch.stack(weights_on_tail), batch), tail_values)
-    out = _by_row(torch.stack(from_context), batch) + from_tail  # [B * H, G * t, D]
-    return out.view(batch, query_heads, t, -1).to(query.dtype)
+
+    def heads() -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(keys[:rows].split(lengths), values[:rows].split(lengths), strict=True)
+
+    return _over_heads(
+        query, lengths, heads, tail_keys, tail_values, logits,
+        tail_length=tail_length, starts=starts, window=window,
+    )  # fmt: skip
+
+
+def quantized_attention(
+    query: Tensor,
+    keys: QuantizedRows,
+    values: QuantizedRows,
+    indptr: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    logits: Logits,
+    *,
+    tail_length: Tensor | None = None,
+    starts: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`zipped_attention` over what quantised keys and values stand for (see `quantization`).
+
+    Args:
+        query: `[B, Hq, t, D]`.
+        keys: packed, `[rows, D]` when dequantised.
+        values: likewise.
+        indptr: as the others in `zipped_attention`, and so is what is returned.
+        tail_keys: see there.
+        tail_values: see there.
+        logits: see there.
+        tail_length: see there.
+        starts: see there.
+        window: see there.
+    """
+    lengths = indptr.diff().tolist()
+    accumulate = _accumulation_dtype(query)
+
+    def heads() -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(
+            dequantize(keys, lengths, accumulate),
+            dequantize(values, lengths, accumulate),
+            strict=True,
+        )
+
+    return _over_heads(
+        query, lengths, heads, tail_keys, tail_values, logits,
+        tail_length=tail_length, starts=starts, window=window,
+    )  # fmt: skip
 
 
 def reconstruction_score(
-    query: Tensor, prefix_keys: Tensor, chunk_keys: Tensor, repeat_keys: Tensor, scale: float
+    query: Tensor,
+    prefix_keys: Tensor,
+    chunk_keys: Tensor,
+    repeat_keys: Tensor,
+    logits: Logits,
+    *,
+    query_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
 ) -> Tensor:
     """Score a chunk's pairs by the attention they get while the model repeats the chunk.
 
     The softmax runs over the columns [prefix ; chunk ; repeat input (causal)]; a pair's score is
     its largest probability over all queries of the repeat input and all query heads of its KV
-    head (Kim et al., "KVzip", arXiv 2505.23416, section 3).
+    head (Kim et al., "KVzip", arXiv 2505.23416, section 3). With weights it is the largest product
+    of probability and weights.
 
     Args:
         query: `[Hq, t, D]`, queries of the repeat input.
         prefix_keys: `[H, p, D]`.
         chunk_keys: `[H, m, D]`.
         repeat_keys: `[H, t, D]`, keys of the repeat input itself.
-        scale: factor on the logits.
+        logits: what to make of the products of queries and keys.
+        query_weights: `[Hq, t]`, not negative: factor on what a query gives, 1 if None.
+        key_weights: `[Hq, m]`, not negative: factor on what a pair gets from each query head of
+            its KV head, 1 if None.
 
     Returns:
-        `[H, m]`, float32 (float64 for float64 inputs), between 0 and 1.
+        `[H, m]`, float32 (float64 for float64 inputs), between 0 and 1 without weights.
     """
     kv_heads, p, _ = prefix_keys.shape
     m, t = chunk_keys.shape[1], query.shape[1]
@@ -210,12 +236,64 @@ def reconstruction_score(
     best: Tensor = grouped.new_full((kv_heads, m), -torch.inf)
     for rows in _blocks(t, query.shape[0] * (p + m + t)):
         visible = p + m + rows.stop
-        logits = grouped[:, :, rows] @ keys[:, :, :visible].mT * scale  # [H, G, block, visible]
+        found = logits.of(grouped[:, :, rows] @ keys[:, :, :visible].mT)  # [H, G, block, visible]
         hidden = columns[:visible] > columns[p + m :][rows, None]
-        logits = logits.masked_fill_(hidden, -torch.inf)
-        lse = logits.logsumexp(-1, keepdim=True)
-        best = torch.maximum(best, (logits[..., p : p + m] - lse).amax(dim=(1, 2)))
+        found = found.masked_fill_(hidden, -torch.inf)
+        lse = found.logsumexp(-1, keepdim=True)
+        if logits.sinks is not None:
+            lse = torch.logaddexp(lse, logits.sinks.to(accumulate).view(kv_heads, -1, 1, 1))
+        if query_weights is not None:
+            weights = query_weights.to(accumulate).unflatten(0, (kv_heads, -1))
+            lse = lse - weights[:, :, rows, None].log()
+        largest = (found[..., p : p + m] - lse).amax(dim=2)  # [H, G, m]
+        if key_weights is not None:
+            largest += key_weights.to(accumulate).unflatten(0, (kv_heads, -1)).log()
+        best = torch.maximum(best, largest.amax(dim=1))
     return best.exp()
+
+
+def repeat_attention(
+    query: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    chunk_keys: Tensor,
+    chunk_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    logits: Logits,
+    *,
+    query_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a repeat input to prefix, chunk and, causally, itself; and the chunk's scores.
+
+    Args:
+        query: `[1, Hq, t, D]`.
+        prefix_keys: `[H, p, D]`.
+        prefix_values: `[H, p, D]`.
+        chunk_keys: `[H, m, D]`.
+        chunk_values: `[H, m, D]`.
+        keys: `[1, H, t, D]`, of the repeat input itself.
+        values: `[1, H, t, D]`.
+        logits: what to make of the products of queries and keys.
+        query_weights: as in `reconstruction_score`.
+        key_weights: likewise.
+
+    Returns:
+        `[1, Hq, t, D]` in the dtype of `query`, and the scores `[H, m]` of `reconstruction_score`.
+    """
+    seen_keys = torch.cat([prefix_keys, chunk_keys], dim=1)[None]
+    seen_values = torch.cat([prefix_values, chunk_values], dim=1)[None]
+    scores = reconstruction_score(
+        query[0],
+        prefix_keys,
+        chunk_keys,
+        keys[0],
+        logits,
+        query_weights=query_weights,
+        key_weights=key_weights,
+    )
+    return chunk_attention(query, seen_keys, seen_values, keys, values, logits), scores
 
 
 def compact(keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,6 +325,128 @@ def append(
     """
     tail_keys.index_copy_(2, column, keys)
     tail_values.index_copy_(2, column, values)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hidden: Callable[[slice], Tensor],
+    logits: Logits,
+) -> Tensor:
+    """Dense attention with whatever logits there are, a block of queries at a time.
+
+    Args:
+        query: `[B, Hq, t, D]`.
+        keys: `[B, H, s, D]`.
+        values: `[B, H, s, D]`.
+        hidden: from a slice of the queries to what they do not see, bool, of any shape that spreads
+            over `[B, H, G, block, s]`.
+        logits: what to make of the products of queries and keys.
+    """
+    accumulate = _accumulation_dtype(query)
+    batch, query_heads, t, _ = query.shape
+    grouped = query.to(accumulate).unflatten(1, (keys.shape[1], -1))  # [B, H, G, t, D]
+    across, weighed = keys[:, :, None].to(accumulate).mT, values[:, :, None].to(accumulate)
+    sinks = None if logits.sinks is None else logits.sinks.view(keys.shape[1], -1, 1, 1)
+    parts = []
+    for rows in _blocks(t, batch * query_heads * keys.shape[2]):
+        found = logits.of(grouped[:, :, :, rows] @ across).masked_fill(hidden(rows), -torch.inf)
+        parts.append(softmax(found, sinks) @ weighed)
+    return torch.cat(parts, dim=3).flatten(1, 2).to(query.dtype)
+
+
+def _over_heads(
+    query: Tensor,
+    lengths: list[int],
+    heads: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    logits: Logits,
+    *,
+    tail_length: Tensor | None,
+    starts: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    """`zipped_attention` over a context whose heads come one after the other.
+
+    Args:
+        query: `[B, Hq, t, D]`.
+        lengths: rows of each head.
+        heads: gives keys and values of each head, `[rows of the head, D]`, from the first on.
+        tail_keys: as the rest in `zipped_attention`.
+        tail_values: see there.
+        logits: see there.
+        tail_length: see there.
+        starts: see there.
+        window: see there.
+    """
+    if tail_length is not None:
+        end = int(tail_length)
+        tail_keys, tail_values = tail_keys[:, :, :end], tail_values[:, :, :end]
+    batch, query_heads, t, head_dim = query.shape
+    kv_heads, s = tail_keys.shape[1:3]
+    blocks = _blocks(t, batch * query_heads * (max(lengths) + s))
+    if len(blocks) > 1:  # a block of queries sees the tail up to its own last token
+        parts = []
+        for block in blocks:
+            tail = slice(0, s - t + block.stop)
+            tails = tail_keys[:, :, tail], tail_values[:, :, tail]
+            part = query[:, :, block]
+            parts.append(
+                _over_heads(
+                    part,
+                    lengths,
+                    heads,
+                    *tails,
+                    logits,
+                    tail_length=None,
+                    starts=starts,
+                    window=window,
+                )
+            )
+        return torch.cat(parts, dim=2)
+
+    accumulate = _accumulation_dtype(query)
+    tail_keys = tail_keys.to(accumulate).flatten(0, 1)  # [B * H, s, D]
+    tail_values = tail_values.to(accumulate).flatten(0, 1)
+    queries = query.to(accumulate).reshape(batch * kv_heads, -1, head_dim)
+    on_tail = logits.of(torch.bmm(queries, tail_keys.mT))  # [B * H, G * t, s]
+    hidden = _hidden_in_tail(t, s, starts, window, query.device)
+    if hidden is not None:
+        by_token = on_tail.view(batch, query_heads, t, s)
+        on_tail = by_token.masked_fill(hidden, -torch.inf).view(on_tail.shape)
+    sinks = _sinks_by_head(logits.sinks, kv_heads, batch, t)
+    from_context, weights_on_tail = [], []
+    for length, (head_keys, head_values), head_queries, head_on_tail, head_sinks in zip(
+        lengths,
+        heads(),
+        _by_head(queries, batch).unbind(0),  # [B * G * t, D] of each head
+        _by_head(on_tail, batch).unbind(0),
+        sinks,
+        strict=True,
+    ):
+        on_context = logits.of(head_queries @ head_keys.to(accumulate).T)
+        if window is not None:
+            hidden = _hidden_in_context(t, s, length, starts, window, query.device)
+            by_token = on_context.view(batch, query_heads // kv_heads, t, length)
+            on_context = by_token.masked_fill(hidden, -torch.inf).view(on_context.shape)
+        weights = softmax(torch.cat([on_context, head_on_tail], dim=-1), head_sinks)
+        from_context.append(weights[:, :length] @ head_values.to(accumulate))
+        weights_on_tail.append(weights[:, length:])
+    from_tail = torch.bmm(_by_row(torch.stack(weights_on_tail), batch), tail_values)
+    out = _by_row(torch.stack(from_context), batch) + from_tail  # [B * H, G * t, D]
+    return out.view(batch, query_heads, t, -1).to(query.dtype)
+
+
+def _sinks_by_head(
+    sinks: Tensor | None, kv_heads: int, batch: int, t: int
+) -> Sequence[Tensor | None]:
+    """`[B * G * t, 1]` of each KV head, or None."""
+    if sinks is None:
+        return [None] * kv_heads
+    grouped = sinks.view(kv_heads, 1, -1, 1).expand(-1, batch, -1, t)
+    return grouped.reshape(kv_heads, -1, 1).unbind(0)
 
 
 def _by_head(tensor: Tensor, batch: int) -> Tensor:

@@ -11,14 +11,15 @@ tile, so that a context is read once for all of them.
 The tail is read by programs of its own, a stretch of columns each. A second kernel adds the partial
 results of a head up, weighted by their share of the softmax (split-KV attention, "flash decoding").
 
-A long query, a chunk of a context that is being read, attends to its own chunk by the kernel that
-`chunk_attention` found to be the fastest; the two results are blended.
+A long query, a chunk of a context that is being read, attends to its own chunk by the fastest dense
+kernel (`dense`), and so it does to `blocks` of the context if it is longer still; the results are
+blended.
 
 Nothing is planned on the host: the chunks follow from `indptr` and the number of rows, and the
 length of the tail may be read on the device, so that a CUDA graph stays valid while a tail grows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -27,13 +28,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvzip.kernels.chunk_attention import blend, fastest
+from kvzip.kernels.blocks import attend_to_blocks
+from kvzip.kernels.dense import Attend, add_sinks, blend, fastest
+from kvzip.kernels.logits import Logits
+from kvzip.kernels.quantization import BITS, QuantizedRows
+from kvzip.kernels.quantized_chunk import quantized_chunk
+from kvzip.kernels.softcap import bounded, exponents
 
-LOG2_E = 1.4426950408889634
 MERGED_DIM = 32
 """Columns of the result that one program merges: little for each, so that it is done at once."""
 LONG_QUERY = 512
 """Tokens from which on a query attends to its own chunk by a dense kernel."""
+BLOCK_QUERY = 4096
+"""Tokens from which on it does so to blocks of the context, too."""
 WAVES = 6
 """Where compute decides, a multiprocessor gets this many programs, one after the other."""
 
@@ -44,7 +51,8 @@ class Tiling:
 
     Attributes:
         block_m: query rows of a tile.
-        block_n: pairs of a tile.
+        block_n: pairs of a tile of the context.
+        tail_n: pairs of a tile of the tail.
         warps: warps of a program.
         stages: tiles in flight.
         programs: programs to aim at on each multiprocessor.
@@ -52,6 +60,7 @@ class Tiling:
 
     block_m: int
     block_n: int
+    tail_n: int
     warps: int
     stages: int
     programs: int
@@ -59,7 +68,7 @@ class Tiling:
 
 @triton.jit
 def _fold(
-    acc, peak, total, b_q, p_k, p_v, o_n, stop, o_d, m_s, scale,
+    acc, peak, total, b_q, p_k, p_v, o_n, stop, o_d, m_s, scale, inner,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add rows `o_n` of `[rows, D]` up to `stop` to the running softmax of the queries.
@@ -70,6 +79,8 @@ def _fold(
     m_kv = (o_n < stop)[:, None] & (o_d < D)[None, :]
     b_k = tl.load(p_k + o_kv, mask=m_kv, other=0.0)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+    if inner is not None:
+        b_s = bounded(b_s, inner)
     b_s = tl.where(m_s, b_s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(b_s, 1))
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak * scale)  # rows that saw nothing yet
@@ -100,16 +111,20 @@ _VARYING = ["tail_length", "chunk", "context_slots", "tail_columns", "splits", "
 
 @triton.jit(do_not_specialize=[name for name in _VARYING if name != "splits"])
 def _partial_kernel(
-    p_q, p_k, p_v, p_indptr, p_tail_k, p_tail_v, p_tail_length, p_starts, p_partial, p_lse,
-    scale, tail_length, chunk, context_slots, tail_columns,
+    p_q, p_k, p_k_scales, p_k_center, p_k_gain, p_v, p_v_scales, p_v_center, p_v_gain,
+    p_indptr, p_tail_k, p_tail_v, p_tail_length, p_starts, p_partial, p_lse,
+    scale, inner, tail_length, chunk, context_slots, tail_columns,
     stride_qb, stride_qh, stride_qt, stride_tb, stride_th, stride_vb, stride_vh,
     B, G, T,
     H: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
     LENGTH_ON_DEVICE: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
+    PRECISION: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: [context slots + tail splits * B * H, tiles of query rows]. A program fills a slot."""
+    """Grid: [context slots + tail splits * B * H, tiles of query rows]. A program fills a slot.
+
+    KIND: what the context is quantised to, or None; then there are no scales, centers and gains.
+    """
     if EARLY:
         gdc_launch_dependents()  # the merge may take its place, and wait there
     i_p, i_m = tl.program_id(0), tl.program_id(1)
@@ -136,8 +151,6 @@ def _partial_kernel(
             m_m = o_m < M
             o_b, o_g, o_t = o_m // (G * T), (o_m // T) % G, o_m % T
             o_q = o_b.to(tl.int64) * stride_qb + (head * G + o_g) * stride_qh + o_t * stride_qt
-            b_q = tl.load(p_q + o_q[:, None] + o_d[None, :],
-                          mask=m_m[:, None] & m_d[None, :], other=0.0)  # fmt: skip
             position = o_t  # of the query, behind the context
             if WINDOW > 0:
                 length = tail_length
@@ -147,15 +160,28 @@ def _partial_kernel(
                 if PADDED:
                     start = tl.load(p_starts + o_b, mask=m_m, other=0).to(tl.int32)
                     position = tl.maximum(position - start, 0)
-            for o_tile in tl.range(first, stop, BN):
-                o_n = o_tile + tl.arange(0, BN)
-                m_s = (o_n < stop)[None, :]
-                if WINDOW > 0:
-                    m_s = m_s & (position[:, None] + (end - o_n)[None, :] < WINDOW)
-                acc, peak, total = _fold(
-                    acc, peak, total, b_q, p_k, p_v, o_n, stop, o_d, m_s, scale, D, PRECISION
-                )
-            _store_partial(p_partial, p_lse, i_p, o_m, m_m, o_d, acc, peak, total, scale, M, D)
+            if KIND is not None:
+                row = i_p.to(tl.int64) * M + o_m
+                channels = head * D
+                quantized_chunk(
+                    p_q + o_q, m_m, p_k, p_k_scales, p_k_center + channels, p_k_gain + channels,
+                    p_v, p_v_scales, p_v_center + channels, p_v_gain + channels,
+                    p_partial + row * D, p_lse + row, first, stop, end, position, scale, inner,
+                    KIND, GROUPS, D, WINDOW, PRECISION, ASM, BM, BN,
+                )  # fmt: skip
+            else:
+                b_q = tl.load(p_q + o_q[:, None] + o_d[None, :],
+                              mask=m_m[:, None] & m_d[None, :], other=0.0)  # fmt: skip
+                for o_tile in tl.range(first, stop, BN):
+                    o_n = o_tile + tl.arange(0, BN)
+                    m_s = (o_n < stop)[None, :]
+                    if WINDOW > 0:
+                        m_s = m_s & (position[:, None] + (end - o_n)[None, :] < WINDOW)
+                    acc, peak, total = _fold(
+                        acc, peak, total, b_q, p_k, p_v, o_n, stop, o_d, m_s, scale, inner,
+                        D, PRECISION,
+                    )  # fmt: skip
+                _store_partial(p_partial, p_lse, i_p, o_m, m_m, o_d, acc, peak, total, scale, M, D)
     else:
         i_tail = i_p - context_slots
         i_split, i_b, i_h = i_tail // (B * H), (i_tail // H) % B, i_tail % H
@@ -180,15 +206,15 @@ def _partial_kernel(
             # a tile of queries sees nothing behind the last of its tokens
             reach = tl.max(tl.where(m_m, own, 0), 0) + 1
             stop = tl.minimum(tl.minimum(first + tail_columns, length), reach)
-            for o_tile in tl.range(first, stop, BN):
-                o_n = o_tile + tl.arange(0, BN)
+            for o_tile in tl.range(first, stop, BT):
+                o_n = o_tile + tl.arange(0, BT)
                 m_s = (o_n < stop)[None, :] & (o_n[None, :] <= own[:, None])
                 if PADDED:
                     m_s = m_s & ((o_n >= start)[None, :] | (o_n[None, :] == own[:, None]))
                 if WINDOW > 0:
                     m_s = m_s & (own[:, None] - o_n[None, :] < WINDOW)
                 acc, peak, total = _fold(
-                    acc, peak, total, b_q, p_keys, p_values, o_n, stop, o_d, m_s, scale,
+                    acc, peak, total, b_q, p_keys, p_values, o_n, stop, o_d, m_s, scale, inner,
                     D, PRECISION,
                 )  # fmt: skip
             slot = context_slots + i_split * H + i_h
@@ -198,13 +224,16 @@ def _partial_kernel(
 
 @triton.jit(do_not_specialize=[name for name in _VARYING if name[:4] != "tail"])
 def _merge_kernel(
-    p_partial, p_lse, p_indptr, p_out, p_out_lse, chunk, context_slots, splits,
+    p_partial, p_lse, p_indptr, p_sinks, p_out, p_out_lse, chunk, context_slots, splits,
     stride_ob, stride_oh, stride_ot,
     B, G, T,
     H: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr,
     BR: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: [tiles of query rows, H, tiles of D]. Adds up partials, BS slots at a time."""
+    """Grid: [tiles of query rows, H, tiles of D]. Adds up partials, BS slots at a time.
+
+    p_sinks: None, or logits [Hq] of one more column, which adds nothing but its share.
+    """
     i_r, i_h, i_d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     M = B * G * T
     o_r = i_r * BR + tl.arange(0, BR)
@@ -237,6 +266,13 @@ def _merge_kernel(
         acc = acc * shrink[:, None] + tl.sum(b_part * weight[:, :, None], 0)
         peak = new_peak
     o_b, o_g, o_t = o_r // (G * T), (o_r // T) % G, o_r % T
+    if p_sinks is not None:
+        sink = tl.load(p_sinks + i_h * G + o_g).to(tl.float32) * 1.4426950408889634
+        new_peak = tl.maximum(peak, sink)
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.exp2(sink - new_peak)
+        acc = acc * shrink[:, None]
+        peak = new_peak
     p_rows = p_out + o_b.to(tl.int64) * stride_ob + (i_h * G + o_g) * stride_oh + o_t * stride_ot
     safe = tl.where(total > 0, total, 1.0)
     tl.store(p_rows[:, None] + o_d[None, :], (acc / safe[:, None]).to(p_out.dtype.element_ty),
@@ -252,26 +288,112 @@ def zipped_attention(
     indptr: Tensor,
     tail_keys: Tensor,
     tail_values: Tensor,
-    scale: float,
+    logits: Logits,
     *,
     tail_length: Tensor | None = None,
     starts: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
     """See `reference.zipped_attention`; `indptr`, `tail_length` and `starts` on the device."""
-    t, s = query.shape[2], tail_keys.shape[2]
-    if t >= LONG_QUERY and (tail_length, starts, window) == (None, None, None):
-        attend = fastest(query.device, query.dtype, query.shape[3])
-        if attend is not None:
-            # the chunk itself, whatever of the tail is in front of it, and the context
-            own, before = slice(s - t, s), slice(s - t)
-            out = attend(query, tail_keys[:, :, own], tail_values[:, :, own], scale, True)
-            if s > t:
-                earlier = tail_keys[:, :, before], tail_values[:, :, before]
-                out = blend(*out, *attend(query, *earlier, scale, False))
-            return blend(*out, *_split(query, keys, values, indptr, scale, None))[0]
     tail = Tail(tail_keys, tail_values, tail_length, starts, window)
-    return _split(query, keys, values, indptr, scale, tail)[0]
+    attend = _dense(query, tail, logits)
+    if attend is None:
+        return _split(query, Context.plain(keys, values, indptr), tail, logits)[0]
+    out, lse = _attend_to_tail(query, tail, logits.scale, attend)
+    if query.shape[2] >= BLOCK_QUERY and len(query) == 1:
+        out = out.float()  # it is rounded once, not at every block
+        left = attend_to_blocks(out, lse, query, keys, values, indptr, logits.scale, attend)
+        keys, values, indptr, lse = left.keys, left.values, left.indptr, left.lse
+    return _blend_context(out, lse, query, Context.plain(keys, values, indptr), logits)
+
+
+def quantized_attention(
+    query: Tensor,
+    keys: QuantizedRows,
+    values: QuantizedRows,
+    indptr: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    logits: Logits,
+    *,
+    tail_length: Tensor | None = None,
+    starts: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """See `reference.quantized_attention`; `indptr`, `tail_length` and `starts` on the device."""
+    tail = Tail(tail_keys, tail_values, tail_length, starts, window)
+    context = Context.quantized(keys, values, indptr)
+    attend = _dense(query, tail, logits)
+    if attend is None:
+        return _split(query, context, tail, logits)[0]
+    return _blend_context(
+        *_attend_to_tail(query, tail, logits.scale, attend), query, context, logits
+    )
+
+
+def _dense(query: Tensor, tail: "Tail", logits: Logits) -> Attend | None:
+    """The dense kernel that serves a long query, None if the query is short or none does."""
+    whole = (tail.length, tail.starts, tail.window, logits.softcap) == (None, None, None, None)
+    if query.shape[2] < LONG_QUERY or not whole:
+        return None
+    return fastest(query.device, query.dtype, query.shape[3])
+
+
+def _attend_to_tail(
+    query: Tensor, tail: "Tail", scale: float, attend: Attend
+) -> tuple[Tensor, Tensor]:
+    """A long query's result on its own chunk and on what of the tail is in front of it."""
+    t, s = query.shape[2], tail.keys.shape[2]
+    own, before = slice(s - t, s), slice(s - t)
+    out, lse = attend(query, tail.keys[:, :, own], tail.values[:, :, own], scale, True)
+    if s == t:
+        return out, lse
+    earlier = tail.keys[:, :, before], tail.values[:, :, before]
+    return blend(out, lse, *attend(query, *earlier, scale, False))
+
+
+def _blend_context(
+    out: Tensor, lse: Tensor, query: Tensor, context: "Context", logits: Logits
+) -> Tensor:
+    """A result so far, with a context and the sinks added."""
+    rest = _split(query, context, None, replace(logits, sinks=None))
+    return add_sinks(*blend(out, lse, *rest), logits.sinks).to(query.dtype)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What of the arguments concerns the context.
+
+    Attributes:
+        keys: what the kernel takes for the keys: the rows, or codes, scales, center and gain.
+        values: likewise.
+        indptr: `[H + 1]`, int64.
+        rows: rows of all heads, spare ones included.
+        kind: what they are quantised to, or None.
+        groups: scales of a row, 0 without.
+    """
+
+    keys: tuple[Tensor | None, ...]
+    values: tuple[Tensor | None, ...]
+    indptr: Tensor
+    rows: int
+    kind: str | None = None
+    groups: int = 0
+
+    @classmethod
+    def plain(cls, keys: Tensor, values: Tensor, indptr: Tensor) -> "Context":
+        """Keys and values, `[rows, D]`."""
+        return cls((keys, None, None, None), (values, None, None, None), indptr, len(keys))
+
+    @classmethod
+    def quantized(cls, keys: QuantizedRows, values: QuantizedRows, indptr: Tensor) -> "Context":
+        """Quantised keys and values; two scales in float16 are one word."""
+        word = torch.int32 if keys.dtype == "int4" else torch.float32
+        key_parts, value_parts = (
+            (rows.codes, rows.scales.view(word), rows.center, rows.gain) for rows in (keys, values)
+        )
+        groups = keys.scales.shape[1]
+        return cls(key_parts, value_parts, indptr, len(keys), keys.dtype, groups)
 
 
 @dataclass(frozen=True)
@@ -286,7 +408,7 @@ class Tail:
 
 
 def _split(
-    query: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, scale: float, tail: Tail | None
+    query: Tensor, context: Context, tail: Tail | None, logits: Logits
 ) -> tuple[Tensor, Tensor]:
     """Attention over a packed context and, if there is one, a tail.
 
@@ -294,10 +416,13 @@ def _split(
         `[B, Hq, t, D]` in the dtype of `query`, and the log-sum-exp `[B, Hq, t]`, float32.
     """
     batch, query_heads, t, head_dim = query.shape
-    kv_heads = len(indptr) - 1
+    kv_heads = len(context.indptr) - 1
     group = query_heads // kv_heads
-    m, rows = batch * group * t, len(keys)
-    tiling = choose_tiling(m, head_dim, query.element_size())
+    m, rows = batch * group * t, context.rows
+    if context.kind is None:
+        tiling = choose_tiling(m, head_dim, query.element_size())
+    else:
+        tiling = choose_quantized_tiling(m, head_dim, query.element_size(), BITS[context.kind])
     tiles = triton.cdiv(m, tiling.block_m)
     at_once = tiling.programs * _multiprocessors(query.device)  # programs that run side by side
     splits, capacity, tail_columns = 0, 0, 1
@@ -327,23 +452,25 @@ def _split(
     tail_length, starts = (tail.length, tail.starts) if tail else (None, None)
     block_d, block_h = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(kv_heads)
     early = _overlaps(query.device)
+    scale, inner = exponents(logits)
     _partial_kernel[context_slots + tail_programs, tiles](
-        query, keys, values, indptr, tail_keys, tail_values, tail_length, starts, partial, lse,
-        scale * LOG2_E, capacity, chunk, context_slots, tail_columns,
+        query, *context.keys, *context.values, context.indptr, tail_keys, tail_values, tail_length,
+        starts, partial, lse, scale, inner, capacity, chunk, context_slots, tail_columns,
         *query.stride()[:3], *tail_keys.stride()[:2], *tail_values.stride()[:2],
         batch, group, t,
         H=kv_heads, D=head_dim, WINDOW=(tail and tail.window) or 0,
         LENGTH_ON_DEVICE=tail_length is not None, PADDED=starts is not None, EARLY=early,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        BM=tiling.block_m, BN=tiling.block_n, BD=block_d, BH=block_h,
+        KIND=context.kind, GROUPS=context.groups, ASM=query.device.type == "cuda",
+        BM=tiling.block_m, BN=tiling.block_n, BT=tiling.tail_n, BD=block_d, BH=block_h,
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     dim_tiles = triton.cdiv(head_dim, MERGED_DIM)
     few = m * kv_heads * dim_tiles <= 32 * _multiprocessors(query.device)
-    merged_rows, merged_slots = (1, 128) if few else (8, 16)
+    merged_rows, merged_slots = (1, 128) if few else (32, 2)
     _merge_kernel[triton.cdiv(m, merged_rows), kv_heads, dim_tiles](
-        partial, lse, indptr, out, out_lse, chunk, context_slots, splits, *out.stride()[:3],
-        batch, group, t,
+        partial, lse, context.indptr, logits.sinks, out, out_lse, chunk, context_slots, splits,
+        *out.stride()[:3], batch, group, t,
         H=kv_heads, D=head_dim, EARLY=early,
         BR=merged_rows, BS=merged_slots, BD=MERGED_DIM, BH=block_h,
         launch_pdl=early,
@@ -361,8 +488,27 @@ def choose_tiling(m: int, head_dim: int, element_size: int) -> Tiling:
     block_m = min(max(16, triton.next_power_of_2(m)), 128 if row <= 256 else 64)
     block_n = min(max(16, 16384 // row), 128)
     if block_m * row > 16384:
-        return Tiling(block_m, block_n, warps=8, stages=3, programs=1)
-    return Tiling(block_m, block_n, warps=2 if block_m == 16 else 4, stages=3, programs=2)
+        return Tiling(block_m, block_n, block_n, warps=8, stages=3, programs=1)
+    return Tiling(block_m, block_n, block_n, warps=2 if block_m == 16 else 4, stages=3, programs=2)
+
+
+def choose_quantized_tiling(m: int, head_dim: int, element_size: int, bits: int) -> Tiling:
+    """Tiles for `m` query rows a KV head over codes of so many bits; not measured yet.
+
+    Codes are unpacked in registers, which is what limits the tiles. Those of the tail are small, so
+    that they take no shared memory from the codes, of which more are to be in flight.
+    """
+    row = triton.next_power_of_2(head_dim) * element_size  # bytes of a query
+    tail_n = min(max(16, 8192 // row), 64)
+    block_m = min(max(16, triton.next_power_of_2(m)), 128 if row <= 256 else 64)
+    if block_m == 16:
+        if head_dim * bits <= 256:  # warps divide words, and 16 of them are not worth dividing
+            return Tiling(16, 64, tail_n, warps=1, stages=3, programs=4)
+        block_n = 128 if row <= 256 else 64
+        more = bits == 4  # programs side by side, and tiles in flight: those of codes are small
+        return Tiling(16, block_n, tail_n, 4, stages=4 if more else 3, programs=3 if more else 2)
+    block_n = min(max(32, 8192 // row), 64)
+    return Tiling(block_m, block_n, tail_n, 4 if block_m == 32 else 8, stages=3, programs=1)
 
 
 @cache

@@ -1,4 +1,7 @@
-"""Stage 2: how important is each context pair? One file a scorer; all return `Scores`."""
+"""Stage 2: how important is each context pair? One file a scorer; all return `Scores`.
+
+Surrogates (`kvzip.surrogates`) are scorers, too. They score while a context is read.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 
 SCORERS = {
     "reconstruction": "kvzip.scoring.reconstruction",
+    "reconstruction+": "kvzip.scoring.contribution",
+    "heads": "kvzip.scoring.heads",
     "prefill-attention": "kvzip.scoring.prefill_attention",
     "last-window": "kvzip.scoring.last_window",
     "expected-attention": "kvzip.scoring.expected_attention",
@@ -23,20 +28,36 @@ SCORERS = {
 }
 """By name, the module whose `score` scores a context; imported when it is asked for."""
 
+REPEATING = ("reconstruction", "reconstruction+")
+"""Those that repeat the context; their `score` takes a `reach`, too."""
+
+SURROGATES = ("kvzap", "fastkvzip")
+"""What stands in front of the colon in the name of a surrogate."""
+
+EXAMPLES = ("kvzap:linear", "kvzap:mlp", "fastkvzip")
+
 
 def get_scorer(name: str) -> Callable[..., Scores]:
     """The function `score(model, prompts, kv, *, max_positions, chunk_size, progress)` of a scorer.
 
     Args:
-        name: a key of `SCORERS`.
+        name: a key of `SCORERS`, or the name of a surrogate (see `kvzip.surrogates.load`), whose
+            function takes the loaded `surrogate`, too.
 
     Raises:
         KVzipError: for an unknown name, with the names that look like it or else all of them.
     """
-    if name not in SCORERS:
-        close = difflib.get_close_matches(name.lower(), SCORERS)
+    if name not in SCORERS and not is_surrogate(name):
+        known = [*SCORERS, *EXAMPLES]
+        close = difflib.get_close_matches(name.lower(), known)
         hint = " or ".join(repr(one) for one in close)
-        remedy = f"did you mean {hint}?" if close else f"choose one of {', '.join(SCORERS)}"
+        remedy = f"did you mean {hint}?" if close else f"choose one of {', '.join(known)}"
         raise KVzipError(f"unknown scorer {name!r}: {remedy}")
-    score: Callable[..., Scores] = import_module(SCORERS[name]).score
+    module = SCORERS.get(name, "kvzip.surrogates.predicting")
+    score: Callable[..., Scores] = import_module(module).score
     return score
+
+
+def is_surrogate(name: str) -> bool:
+    """Whether a scorer is a surrogate, which predicts scores while a context is read."""
+    return name.partition(":")[0] in SURROGATES

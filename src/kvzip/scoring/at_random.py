@@ -41,6 +41,7 @@ def score(
     """
     require_full(kv)
     generator = torch.Generator().manual_seed(seed)
-    n = kv.document.context_length
+    layers, heads, n = kv.held.shape
     progress("score", n, n)
-    return Scores(torch.rand(kv.held.shape, generator=generator), "random")
+    values = torch.rand((layers, heads * kv.division.size, n), generator=generator)
+    return Scores(kv.division.own(values), "random")

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvzip.cache import ContextCache, Scores
+from kvzip.kernels.logits import Logits
 from kvzip.prefill import Progress, silent
 from kvzip.prompts import Prompts
 from kvzip.scoring.observation import CHUNK_SIZE, observe
@@ -118,9 +119,9 @@ class QueryMoments:
         self.rotary = rotary
         self.count = 0
 
-    def see(self, query: Tensor, keys: Tensor, scale: float) -> None:
+    def see(self, query: Tensor, keys: Tensor, logits: Logits) -> None:
         """Add a chunk's queries: means and centred products of both parts are combined."""
-        self.scale = scale
+        self.scale = logits.scale
         t, end = query.shape[1], keys.shape[1]
         positions = torch.arange(end - t, end, device=query.device)
         accumulate = torch.promote_types(query.dtype, torch.float32)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kvzip.cache import ContextCache, Scores
 from kvzip.errors import KVzipError
+from kvzip.kernels.logits import Logits
 from kvzip.prefill import Progress, silent
 from kvzip.prompts import Prompts
 from kvzip.scoring.observation import CHUNK_SIZE, causal_attention, observe
@@ -94,7 +95,7 @@ class AttentionSum:
         self.columns = columns
         self.total = torch.zeros(())
 
-    def see(self, query: Tensor, keys: Tensor, scale: float) -> None:
+    def see(self, query: Tensor, keys: Tensor, logits: Logits) -> None:
         """Add what the chunk's queries attend to."""
-        for weights in causal_attention(query, keys, scale):
+        for weights in causal_attention(query, keys, logits):
             self.total = self.total + weights[..., self.columns].sum(2)

@@ -10,6 +10,7 @@ Tokens `[a, b)` of prefix and context go through the model once more, in throw-a
 Layers with full attention find all pairs in the cache. Sliding layers hold none of those before a,
 so that they read a lead-in of their own. It is as long as wrong pairs can reach: the first
 sliding layer's output is right one window behind the start, the next one's two windows behind it.
+Layers of linear attention forget nothing for sure, so that with them all tokens are read again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,11 @@ from transformers import Cache, PreTrainedModel
 from kvzip.cache import ContextCache
 from kvzip.errors import KVzipError
 from kvzip.kernels import Operations
+from kvzip.kernels.logits import Logits, softmax
 from kvzip.kernels.reference import MAX_LOGITS
 from kvzip.layers import AnsweringLayer, ContextLayer, Layer
-from kvzip.prefill import Progress, SlidingReadingLayer, silent
+from kvzip.prefill import Progress, SlidingReadingLayer, run, silent
+from kvzip.states import StateLayer
 
 CHUNK_SIZE = 2000
 """Tokens of one forward pass."""
@@ -33,14 +36,14 @@ CHUNK_SIZE = 2000
 class Observer(Protocol):
     """What a scorer puts at one layer."""
 
-    def see(self, query: Tensor, keys: Tensor, scale: float) -> None:
+    def see(self, query: Tensor, keys: Tensor, logits: Logits) -> None:
         """Take note of a chunk of successive tokens.
 
         Args:
             query: `[Hq, t, D]`, with positions applied.
             keys: `[H, s, D]`, of all tokens from the first to the chunk's last, which are the
                 queries' own.
-            scale: factor on the logits.
+            logits: what the layer makes of the products of queries and keys.
         """
         ...
 
@@ -71,20 +74,18 @@ def observe(
     require_full(kv)
     if chunk_size < 1:
         raise KVzipError(f"score_chunk is {chunk_size}: read at least one token at a time")
-    start = max(0, tokens.start - lead_in(kv.layers))
+    start = 0 if kv.stateful else max(0, tokens.start - lead_in(kv.attending))
     waiting = iter(observers)
-    layers: list[Layer] = [
+    layers = [
         ObservingLayer(layer, start, tokens.start, next(waiting))
         if isinstance(layer, ContextLayer)
-        else _sliding(layer, start)
+        else _beginning(layer, start)
         for layer in kv.layers
     ]
     cache = Cache(layers=layers)
     done, total = 0, tokens.stop - start
     for chunk in kv.document.token_ids[start : tokens.stop].split(chunk_size):
-        model.base_model(
-            input_ids=chunk[None].to(model.device), past_key_values=cache, use_cache=True
-        )
+        run(model, chunk, cache)
         done += len(chunk)
         progress("score", done, total)
 
@@ -101,13 +102,13 @@ def lead_in(layers: Sequence[AnsweringLayer]) -> int:
     return sum(layer.window - 1 for layer in layers[:last] if layer.window is not None)
 
 
-def causal_attention(query: Tensor, keys: Tensor, scale: float) -> Iterator[Tensor]:
+def causal_attention(query: Tensor, keys: Tensor, logits: Logits) -> Iterator[Tensor]:
     """The attention probabilities of a chunk, a block of queries at a time.
 
     Args:
         query: `[Hq, t, D]`.
         keys: `[H, s, D]`, the last t of them the queries' own.
-        scale: factor on the logits.
+        logits: what to make of the products of queries and keys.
 
     Yields:
         `[H, G, block, c]`, float32 (float64 for float64 inputs): probabilities over the first c
@@ -118,13 +119,14 @@ def causal_attention(query: Tensor, keys: Tensor, scale: float) -> Iterator[Tens
     grouped = query.unflatten(0, (keys.shape[0], -1)).to(accumulate)  # [H, G, t, D]
     across = keys[:, None].to(accumulate).mT  # [H, 1, D, s]
     columns = torch.arange(s, device=query.device)
+    sinks = None if logits.sinks is None else logits.sinks.view(keys.shape[0], -1, 1, 1)
     size = max(1, MAX_LOGITS // (query.shape[0] * s))
     for first in range(0, t, size):
         rows = slice(first, min(first + size, t))
         visible = s - t + rows.stop
-        logits = grouped[:, :, rows] @ across[..., :visible] * scale
+        found = logits.of(grouped[:, :, rows] @ across[..., :visible])
         hidden = columns[:visible] > columns[s - t :][rows, None]
-        yield logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+        yield softmax(found.masked_fill_(hidden, -torch.inf), sinks)
 
 
 class ObservingLayer(Layer):
@@ -148,24 +150,26 @@ class ObservingLayer(Layer):
         """Move on: the pairs are in the cache."""
         self.length += keys.shape[2]
 
-    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
         """Show the queries that are to be observed, then attend."""
         t, end = query.shape[2], self.length
         observed = min(t, end - self.first)
         if observed > 0:
-            self.observer.see(query[0, :, t - observed :], self.keys[:, :end], scale)
+            self.observer.see(query[0, :, t - observed :], self.keys[:, :end], logits)
         pairs = self.keys[None], self.values[None]
         before = (part[:, :, : end - t] for part in pairs)
         own = (part[:, :, end - t : end] for part in pairs)
-        return self.operations.chunk_attention(query, *before, *own, scale)
+        return self.operations.chunk_attention(query, *before, *own, logits)
 
     def get_seq_length(self) -> int:
         """Positions in front of the next token."""
         return self.length
 
 
-def _sliding(layer: AnsweringLayer, start: int) -> SlidingReadingLayer:
-    """A throw-away sliding layer that begins to read at a position."""
+def _beginning(layer: AnsweringLayer | StateLayer, start: int) -> SlidingReadingLayer | StateLayer:
+    """A throw-away layer that begins to read at a position, and knows nothing of those before."""
+    if isinstance(layer, StateLayer):
+        return StateLayer()
     assert layer.window is not None
     reading = SlidingReadingLayer(layer.operations, layer.window)
     reading.length = start

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvzip.cache import ContextCache, Scores
+from kvzip.kernels.logits import Logits
 from kvzip.prefill import Progress, silent
 from kvzip.prompts import Prompts
 from kvzip.scoring.observation import CHUNK_SIZE, causal_attention, observe, require_full
@@ -70,9 +71,9 @@ class LargestAttention:
         accumulate = torch.promote_types(keys.dtype, torch.float32)
         self.best = keys.new_zeros(keys[:, prefix_length:, 0].shape, dtype=accumulate)
 
-    def see(self, query: Tensor, keys: Tensor, scale: float) -> None:
+    def see(self, query: Tensor, keys: Tensor, logits: Logits) -> None:
         """Raise what the chunk's queries attend to more than those before them."""
-        for weights in causal_attention(query, keys, scale):
+        for weights in causal_attention(query, keys, logits):
             largest = weights[..., self.prefix_length :].amax(dim=(1, 2))
             so_far = self.best[:, : largest.shape[1]]
             torch.maximum(so_far, largest, out=so_far)

@@ -9,9 +9,11 @@ context; with `"chunk"` it is the prefix, the chunk and the pass itself, which c
 every chunk however long the context is. The scores are taken over the same columns either way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +22,12 @@ from transformers import Cache, PreTrainedModel
 from kvzip.cache import ContextCache, Scores
 from kvzip.errors import KVzipError
 from kvzip.kernels import Operations
-from kvzip.layers import AnsweringLayer, ContextLayer, Layer, SlidingLayer
-from kvzip.prefill import Progress, silent
+from kvzip.kernels.logits import Logits
+from kvzip.layers import AnsweringLayer, ContextLayer, Layer, SlidingLayer, Tail
+from kvzip.prefill import Progress, run, silent
 from kvzip.prompts import Prompts
+from kvzip.scoring.observation import require_full
+from kvzip.states import StateLayer
 
 CHUNK_SIZE = 2000
 """Tokens that one request asks the model to repeat (the paper's m)."""
@@ -63,9 +68,58 @@ def score(
     Raises:
         KVzipError: if pairs are evicted already, or the context leaves no room for a repeat.
     """
+    values = score_chunks(
+        model,
+        prompts,
+        kv,
+        max_positions=max_positions,
+        chunk_size=chunk_size,
+        reach=reach,
+        progress=progress,
+    )
+    return Scores(values, scorer_name(reach))
+
+
+class Weigh(Protocol):
+    """What probabilities of one layer are multiplied with before the largest is taken."""
+
+    def __call__(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the repeat input's queries, `[Hq, t]`, and of a chunk's pairs, `[Hq, m]`.
+
+        Args:
+            values: `[H, m, D]`, of the chunk.
+        """
+        ...
+
+
+def score_chunks(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    kv: ContextCache,
+    *,
+    max_positions: int,
+    chunk_size: int,
+    reach: str,
+    progress: Progress,
+    weigh: Mapping[int, Weigh] = MappingProxyType({}),
+) -> Tensor:
+    """Repeat a context, chunk after chunk: `[L, H, n]`, float32, on the CPU.
+
+    Args:
+        model: see `score`, as for the others.
+        prompts: see `score`.
+        kv: see `score`.
+        max_positions: see `score`.
+        chunk_size: see `score`.
+        reach: see `score`.
+        progress: see `score`.
+        weigh: by layer, how its probabilities are weighted; not at all where there is nothing.
+
+    Raises:
+        KVzipError: see `score`.
+    """
     check_reach(reach)
-    if not kv.held.all():
-        raise KVzipError("an evicted cache cannot be scored again: prefill the context anew")
+    require_full(kv)
     if chunk_size < 1:
         raise KVzipError(f"score_chunk is {chunk_size}: repeat at least one token at a time")
     p, n = kv.document.prefix_length, kv.document.context_length
@@ -81,11 +135,14 @@ def score(
     start, before = p, None
     for chunk in context.split(min(chunk_size, room)):
         columns = slice(start, start + len(chunk))
-        layers = [_repeating(layer, p, columns, reach) for layer in kv.layers]
+        layers = [
+            _repeating(layer, p, columns, reach, weigh.get(index))
+            for index, layer in enumerate(kv.layers)
+        ]
         scores.append(repeat(model, prompts.repeat_ids(before, chunk), layers).cpu())
         start, before = start + len(chunk), chunk
         progress("score", start - p, n)
-    return Scores(torch.cat(scores, dim=-1).float(), scorer_name(reach))
+    return torch.cat(scores, dim=-1).float()
 
 
 def check_reach(reach: str) -> None:
@@ -94,12 +151,12 @@ def check_reach(reach: str) -> None:
         raise KVzipError(f"unknown reach {reach!r}: choose one of {', '.join(REACHES)}")
 
 
-def scorer_name(reach: str) -> str:
+def scorer_name(reach: str, scorer: str = "reconstruction") -> str:
     """What scores are called that were made with this reach."""
-    return "reconstruction" if reach == "context" else f"reconstruction, reach {reach}"
+    return scorer if reach == "context" else f"{scorer}, reach {reach}"
 
 
-def repeat(model: PreTrainedModel, repeat_ids: Tensor, layers: list[Layer]) -> Tensor:
+def repeat(model: PreTrainedModel, repeat_ids: Tensor, layers: list[Layer | StateLayer]) -> Tensor:
     """Run a repeat input through a model.
 
     Args:
@@ -110,24 +167,28 @@ def repeat(model: PreTrainedModel, repeat_ids: Tensor, layers: list[Layer]) -> T
     Returns:
         `[L, H, m]`, on the model's device: scores of the chunk.
     """
-    model.base_model(
-        input_ids=repeat_ids[None].to(model.device),
-        past_key_values=Cache(layers=layers),
-        use_cache=True,
-    )
+    run(model, repeat_ids, Cache(layers=layers))
     scored = [layer.chunk_scores for layer in layers if isinstance(layer, RepeatingLayer)]
     return torch.stack([scores.to(model.device) for scores in scored])
 
 
-def _repeating(layer: AnsweringLayer, prefix_length: int, chunk: slice, reach: str) -> Layer:
+def _repeating(
+    layer: AnsweringLayer | StateLayer,
+    prefix_length: int,
+    chunk: slice,
+    reach: str,
+    weigh: Weigh | None,
+) -> Layer | StateLayer:
     """A throw-away layer over the same dense context that reads one repeat input."""
+    if isinstance(layer, StateLayer):
+        return layer.fork(Tail())
     if isinstance(layer, SlidingLayer):
-        return PassingLayer(layer)
+        return PassingLayer(layer.fork(Tail()))
     assert isinstance(layer, ContextLayer)
     context = Stretch(layer.held.dense_keys(), layer.held.dense_values())
     prefix, part = partial(context.cut, slice(prefix_length)), context.cut(chunk)
     seen = context if reach == "context" else None
-    return RepeatingLayer(layer.seen, prefix, part, seen, layer.operations)
+    return RepeatingLayer(layer.seen, prefix, part, seen, layer.operations, weigh)
 
 
 @dataclass(frozen=True)
@@ -141,11 +202,6 @@ class Stretch:
         """Some of the tokens, as a view."""
         return Stretch(self.keys[:, tokens], self.values[:, tokens])
 
-    def join(self, behind: "Stretch") -> "Stretch":
-        """A copy with the tokens of another stretch behind."""
-        keys = torch.cat([self.keys, behind.keys], dim=1)
-        return Stretch(keys, torch.cat([self.values, behind.values], dim=1))
-
 
 class RepeatingLayer(Layer):
     """Observes the queries of a repeat input and scores one chunk of the context by them.
@@ -156,6 +212,7 @@ class RepeatingLayer(Layer):
         chunk: what is repeated.
         seen: what the repeat input attends to, itself aside; prefix and chunk if None.
         operations: how to attend and score.
+        weigh: how probabilities are weighted, or None.
     """
 
     chunk_scores: Tensor
@@ -168,27 +225,36 @@ class RepeatingLayer(Layer):
         chunk: Stretch,
         seen: Stretch | None,
         operations: Operations,
+        weigh: Weigh | None = None,
     ) -> None:
         super().__init__()
         self.is_initialized = True
         self.length = length
         self.prefix, self.chunk, self.seen = prefix, chunk, seen
         self.operations = operations
+        self.weigh = weigh
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Hold the repeat input's own pairs for as long as it takes to attend."""
         self.own = keys, values
 
-    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
-        """Score the chunk, then attend."""
-        (keys, values), prefix = self.own, self.prefix()
+    def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
+        """Score the chunk, and attend."""
+        (keys, values), prefix, chunk = self.own, self.prefix(), self.chunk
         del self.own
+        by_query, by_key = self.weigh(chunk.values) if self.weigh else (None, None)
+        weights = {"query_weights": by_query, "key_weights": by_key}
+        if self.seen is None:
+            stretches = prefix.keys, prefix.values, chunk.keys, chunk.values
+            out, self.chunk_scores = self.operations.repeat_attention(
+                query, *stretches, keys, values, logits, **weights
+            )
+            return out
         self.chunk_scores = self.operations.reconstruction_score(
-            query[0], prefix.keys, self.chunk.keys, keys[0].contiguous(), scale
+            query[0], prefix.keys, chunk.keys, keys[0].contiguous(), logits, **weights
         )
-        seen = self.seen or prefix.join(self.chunk)
         return self.operations.chunk_attention(
-            query, seen.keys[None], seen.values[None], keys, values, scale
+            query, self.seen.keys[None], self.seen.values[None], keys, values, logits
         )
 
     def get_seq_length(self) -> int:
@@ -214,12 +280,12 @@ class PassingLayer(Layer):
         """Hold the repeat input's own pairs for as long as it takes to attend."""
         self.own = keys, values
 
-    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
         """Attend within the window."""
         own, last = [part.contiguous() for part in self.own], self.layer.last_tokens()
         del self.own
         return self.layer.operations.zipped_attention(
-            query, last.keys, last.values, last.indptr, *own, scale, window=self.layer.window
+            query, last.keys, last.values, last.indptr, *own, logits, window=self.layer.window
         )
 
     def get_seq_length(self) -> int:

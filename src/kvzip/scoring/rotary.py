@@ -16,7 +16,9 @@ from transformers import Cache, PreTrainedModel
 
 from kvzip.cache import ContextCache
 from kvzip.errors import KVzipError
-from kvzip.layers import ContextLayer, Layer
+from kvzip.kernels.logits import Logits
+from kvzip.layers import AnsweringLayer, ContextLayer, Layer
+from kvzip.states import StateLayer
 
 PROBE_TOKENS = 4
 TOLERANCE = 0.05
@@ -104,23 +106,29 @@ def _angles(config: Any, embedding: Any, index: int) -> Callable[[Tensor], tuple
     def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.zeros(1, device=positions.device)  # says where, and that float32 is wanted
         cos, sin = embedding(like, positions[None], **more)
-        return cos, sin
+        return cos.to(positions.device), sin.to(positions.device)  # it may run elsewhere
 
     return angles
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, kv: ContextCache, position: int) -> list[Tensor]:
-    """Queries `[Hq, t, D]` of each layer, float32, of tokens that are all at one position."""
+def _probe(model: PreTrainedModel, kv: ContextCache, position: int) -> dict[int, Tensor]:
+    """Queries `[Hq, t, D]` of each layer with pairs, float32; all tokens are at one position."""
     tokens = kv.document.token_ids[-PROBE_TOKENS:].to(model.device)
-    cache = Cache(layers=[_QueryLayer() for _ in kv.layers])
+    cache = Cache(
+        layers=[
+            _QueryLayer() if isinstance(layer, AnsweringLayer) else StateLayer()
+            for layer in kv.layers
+        ]
+    )
     model.base_model(
         input_ids=tokens[None],
         position_ids=torch.full_like(tokens, position)[None],
         past_key_values=cache,
         use_cache=True,
     )
-    return [layer.query for layer in cache.layers]
+    layers = enumerate(cache.layers)
+    return {i: layer.query for i, layer in layers if isinstance(layer, _QueryLayer)}
 
 
 class _QueryLayer(Layer):
@@ -131,7 +139,7 @@ class _QueryLayer(Layer):
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Hold nothing."""
 
-    def attend(self, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
         """Keep the queries."""
         self.query = query[0].float()
         return torch.zeros_like(query)

@@ -57,7 +57,7 @@ def read_kept(path: Path) -> Kept:
     from kvzip import storage
 
     header = storage.read_header(path)
-    layers = tuple(i for i, window in enumerate(header.windows) if window is None)
+    layers = header.prunable
     if not layers:
         raise KVzipError(f"{path} has no layer with full attention: there is nothing to show")
     lengths = storage.read_lengths(path)
