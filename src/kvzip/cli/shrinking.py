@@ -14,14 +14,14 @@ Shrink = Annotated[
     float | None,
     typer.Option(
         metavar="RATIO",
-        help="Share to keep of questions and answers, too, once they are longer.",
-        show_default="all of them",
+        help="Evict of long questions and answers, too: the share of their pairs to keep.",
+        show_default="nothing of them is evicted",
     ),
 ]
 ShrinkThreshold = Annotated[
     float | None,
     typer.Option(
-        metavar="SCORE", help="Instead of a share: the least score to keep.", show_default=False
+        metavar="SCORE", help="Instead of that share: the least score to keep.", show_default=False
     ),
 ]
 ShrinkScorer = Annotated[
