@@ -20,7 +20,7 @@ def test_blocks_and_what_is_left(lengths: list[int], blocks: tuple[int, ...]) ->
     case, dense = Zipped(lengths, group=3, t=5), Dense()
     own = dense(case.query, case.tail_keys[:, :, :5], case.tail_values[:, :, :5], 0.3, True)
     dense.asked.clear()
-    inputs = case.keys, case.values, case.indptr, 0.3
+    inputs = case.keys, case.values, lengths, 0.3
     left = attend_to_blocks(*own, case.query, *inputs, dense, blocks)
     sizes = [size for size, _ in dense.asked]
     assert not any(causal for _, causal in dense.asked)

@@ -78,13 +78,11 @@ class Document:
 KV_TYPES = ("evict", "retain")
 
 
-def _joined(earlier: Scores | None, later: Scores) -> Scores:
-    """Scores of a context, and of tokens that were read behind it."""
-    values, scorer = later.values.cpu(), later.scorer
-    if earlier is not None:
-        values = torch.cat([earlier.values, values], dim=-1)
-        scorer = " + ".join(dict.fromkeys([*earlier.scorer.split(" + "), scorer]))
-    return Scores(values, scorer, later.window)
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of tokens that were read one part behind the other."""
+    scorers = dict.fromkeys(name for part in parts for name in part.scorer.split(" + "))
+    values = torch.cat([part.values for part in parts], dim=-1)
+    return Scores(values, " + ".join(scorers), parts[-1].window)
 
 
 def warn_all_below(budget: Budget, largest: float, window: int) -> None:
@@ -128,12 +126,26 @@ class ContextCache(Cache):
         super().__init__(layers=list(layers))
         self.document = document
         self.origin = origin
-        self.scores = scores
+        self._scores: tuple[Scores, ...] = () if scores is None else (scores,)
         self.ratio = ratio
         self.division = division
         self.history = document.token_ids[:0]
         self.room: object | None = None  # what `room.Decoder` keeps here for the next answer
         self.reader: Callable[..., ContextCache] | None = None  # of the model that it belongs to
+
+    @property
+    def scores(self) -> Scores | None:
+        """Importance of the context's pairs, or None if they were not scored.
+
+        Put together when asked for: a long context is streamed in many parts.
+        """
+        if len(self._scores) > 1:
+            self._scores = (_joined(self._scores),)
+        return self._scores[0] if self._scores else None
+
+    @scores.setter
+    def scores(self, scores: Scores | None) -> None:
+        self._scores = () if scores is None else (scores,)
 
     @property
     def prunable(self) -> list[ContextLayer]:
@@ -396,7 +408,10 @@ class ContextCache(Cache):
                 layer.absorb(next(layer_kept) if isinstance(layer, ContextLayer) else kept[0])
         document = self.document
         self.document = replace(document, token_ids=torch.cat([document.token_ids, token_ids]))
-        self.scores = None if scores is None else _joined(self.scores, scores)
+        if scores is None:
+            self._scores = ()
+        else:
+            self._scores = (*self._scores, replace(scores, values=scores.values.cpu()))
         self.history = self.history[len(token_ids) :]
 
     def adopt(self, answered: "ContextCache", token_ids: Tensor) -> None:

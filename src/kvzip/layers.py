@@ -230,6 +230,7 @@ class AnsweringLayer(Layer):
             tail_length=tail_length,
             starts=None if starts is None else starts.to(query.device),
             window=self.window,
+            counts=self.context.counts,
         )
 
     def get_seq_length(self) -> int:

@@ -143,6 +143,18 @@ def twin(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     return other
 
 
+def first_layer(model: PreTrainedModel) -> PreTrainedModel:
+    """A twin that ends behind its first layer: what it reads makes kernels and plans for the whole.
+
+    Args:
+        model: whose tensors are shared.
+    """
+    other = twin(model, "sdpa")
+    other.base_model.layers = other.base_model.layers[:1]
+    other.config.num_hidden_layers = 1
+    return other
+
+
 def tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of the bundled model."""
     loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(None).repository)

@@ -121,6 +121,11 @@ class Workbench:
         hf_model = geometries.twin(self.hf_model(geometry), "sdpa")
         return ModelKVzip(hf_model, geometries.tokenizer(), backend=backend, compile=compile)
 
+    def rehearsing_model(self, geometry: str) -> ModelKVzip:
+        """The same with one layer: when it has read what is measured, kernels and plans are there."""
+        hf_model = geometries.first_layer(self.hf_model(geometry))
+        return ModelKVzip(hf_model, geometries.tokenizer())
+
     def tokens(self, count: int, seed: int = 0) -> Tensor:
         """`[count]` random token ids that every vocabulary has, on the CPU."""
         generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ lengths; what is left of each is less than the shortest of them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -44,14 +44,12 @@ def attend_to_blocks(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    indptr: Tensor,
+    lengths: Sequence[int],
     scale: float,
     attend: Attend,
     blocks: Sequence[int] = BLOCKS,
 ) -> Left:
     """Add a packed context to attention over something else, as far as blocks reach.
-
-    Waits for the device once, for the lengths of the heads.
 
     Args:
         out: `[1, Hq, t, D]`, float32, attention so far, written in place; every query has seen
@@ -60,15 +58,14 @@ def attend_to_blocks(
         query: `[1, Hq, t, D]`.
         keys: `[rows, D]`, packed.
         values: `[rows, D]`, packed.
-        indptr: `[H + 1]`, int64.
+        lengths: rows of each head.
         scale: factor on the products of queries and keys.
         attend: a dense kernel.
         blocks: rows of a block, in descending order.
     """
-    bounds = indptr.tolist()
-    group = query.shape[1] // (len(bounds) - 1)
+    group = query.shape[1] // len(lengths)
     rests, all_lse = [], []
-    for head, (start, end) in enumerate(pairwise(bounds)):
+    for head, (start, end) in enumerate(pairwise(accumulate(lengths, initial=0))):
         heads = slice(head * group, (head + 1) * group)
         head_out, head_lse, head_query = out[:, heads], lse[:, heads], query[:, heads]
         for size in blocks:
@@ -80,10 +77,10 @@ def attend_to_blocks(
                 start += size
         rests.append(slice(start, end))
         all_lse.append(head_lse)
-    lengths = torch.tensor([0, *(rest.stop - rest.start for rest in rests)])
+    ends = torch.tensor([*accumulate((rest.stop - rest.start for rest in rests), initial=0)])
     return Left(
         torch.cat([keys[rest] for rest in rests]),
         torch.cat([values[rest] for rest in rests]),
-        lengths.cumsum(0).to(keys.device),
+        ends.to(keys.device, non_blocking=True),
         torch.cat(all_lse, dim=1),
     )

@@ -293,6 +293,7 @@ def zipped_attention(
     tail_length: Tensor | None = None,
     starts: Tensor | None = None,
     window: int | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """See `reference.zipped_attention`; `indptr`, `tail_length` and `starts` on the device."""
     tail = Tail(tail_keys, tail_values, tail_length, starts, window)
@@ -302,7 +303,10 @@ def zipped_attention(
     out, lse = _attend_to_tail(query, tail, logits.scale, attend)
     if query.shape[2] >= BLOCK_QUERY and len(query) == 1:
         out = out.float()  # it is rounded once, not at every block
-        left = attend_to_blocks(out, lse, query, keys, values, indptr, logits.scale, attend)
+        counts = indptr.diff() if counts is None else counts
+        left = attend_to_blocks(
+            out, lse, query, keys, values, counts.tolist(), logits.scale, attend
+        )
         keys, values, indptr, lse = left.keys, left.values, left.indptr, left.lse
     return _blend_context(out, lse, query, Context.plain(keys, values, indptr), logits)
 
@@ -319,6 +323,7 @@ def quantized_attention(
     tail_length: Tensor | None = None,
     starts: Tensor | None = None,
     window: int | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """See `reference.quantized_attention`; `indptr`, `tail_length` and `starts` on the device."""
     tail = Tail(tail_keys, tail_values, tail_length, starts, window)
