@@ -4,10 +4,11 @@ One context is compressed while it is read, and read whole as far as its full ca
 is taken on the way, at lengths that double. On an H200 this takes more than six minutes: it is run
 only when it is asked for by name.
 
-The error of outputs is that of `stream`, and as there a model of one layer does everything first.
+The error of outputs is that of `stream`, and as there a model of one layer goes first, as far as
+the shortest length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -75,7 +76,9 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
     chunk = max(1, shortest // CHUNKS)
     error, tolerance = check(bench, model, ids)
     rehearsing = bench.rehearsing_model(subject.geometry)
-    rehearsing.prefill(ids, ratio=subject.ratio, streaming=True, chunk_size=chunk)
+    first = ids[:shortest]
+    rehearsing.prefill(first, ratio=subject.ratio, streaming=True, chunk_size=chunk)
+    rehearsing.read(first, chunk_size=2 * chunk)
 
     streamed = Pace(Watch(bench))
     with gauge() as held:
@@ -92,30 +95,40 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
             compared_with=FULL_CACHE,
             ratio_to=peak_bytes / full,
         )
+    seconds = {STREAMED: streamed.seconds}
+    yield from _lines(subject, lengths, seconds, error, tolerance)
 
     room = FILLED * free_bytes(bench) if bench.on_gpu else full
     fitting = [length for length in lengths if length / subject.context * full <= room]
     # the prefix is read before the context: it takes the place of the last few tokens
     whole = ids[: max(fitting) - len(model.prompts.prefix_ids())]
-    rehearsing.read(whole, chunk_size=2 * chunk)
     plain = Pace(Watch(bench))
     model.read(whole, chunk_size=2 * chunk, progress=plain.note)
     settle(bench.device)
+    seconds = {PLAIN: plain.seconds, STREAMED: streamed.seconds}
+    yield from _lines(subject, lengths, seconds, error, tolerance)
+    last = max(fitting)
+    for name, taken in seconds.items():
+        ratio = taken[last] / last / (taken[shortest] / shortest)
+        yield single(replace(subject, context=last), f"{name}, {GROWTH}", ratio, "share")
 
-    paces = {PLAIN: plain, STREAMED: streamed}
+
+def _lines(
+    subject: Subject,
+    lengths: Sequence[int],
+    seconds: Mapping[str, Mapping[int, float]],
+    error: float,
+    tolerance: float,
+) -> Iterator[Record]:
+    """The time of each length that was reached, over its tokens."""
     for length in lengths:
         results = [
             Result(
                 name,
-                Spread.of([pace.seconds[length] / length], f"the first {length} tokens, once"),
-                *((error, tolerance) if pace is streamed else ()),
+                Spread.of([taken[length] / length], f"the first {length} tokens, once"),
+                *((error, tolerance) if name == STREAMED else ()),
             )
-            for name, pace in paces.items()
-            if length in pace.seconds
+            for name, taken in seconds.items()
+            if length in taken
         ]
         yield from compare(replace(subject, context=length, case=CASE), results)
-    for name, pace in paces.items():
-        last = max(length for length in lengths if length in pace.seconds)
-        both = replace(subject, context=last)
-        first = pace.seconds[shortest] / shortest
-        yield single(both, f"{name}, {GROWTH}", pace.seconds[last] / last / first, "share")

@@ -43,8 +43,8 @@ PER_TOKEN = "seconds a token"
 
 CONTEXTS = (MODEL_CONTEXT, 2 * MODEL_CONTEXT)
 CHECKED = 16_384
-"""Tokens of the context that outputs are compared on: its chunks are long enough for every kernel that
-longer ones use."""
+"""Tokens of the context that outputs are compared on: chunks of them are long enough for every
+kernel that longer ones use."""
 CHECKED_CHUNKS = 4
 LENIENCE = 2.0
 """Error over that of plain prefill in the same chunks."""

@@ -122,7 +122,7 @@ class Workbench:
         return ModelKVzip(hf_model, geometries.tokenizer(), backend=backend, compile=compile)
 
     def rehearsing_model(self, geometry: str) -> ModelKVzip:
-        """The same with one layer: when it has read what is measured, kernels and plans are there."""
+        """The same with one layer: once it has read a context, kernels and plans are there."""
         hf_model = geometries.first_layer(self.hf_model(geometry))
         return ModelKVzip(hf_model, geometries.tokenizer())
 
