@@ -19,6 +19,7 @@ from kvzip.benchmarks import (
     decode_step,
     geometries,
     growth,
+    quantized_attention,
     read_context,
     reconstruction_score,
     shared_batch,
@@ -61,6 +62,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
         compaction(records),
         reading(records),
         memory(records),
+        quantised(records),
         streaming(records),
         growing(records),
         grown(records),
@@ -304,6 +306,28 @@ def memory(records: Sequence[Record]) -> str:
                     value += f", {record.ratio_to:.1%} of {record.compared_with}"
                 rows.append([record.contender, value])
     return _table("128k context, taken once |", rows)
+
+
+def quantised(records: Sequence[Record]) -> str:
+    rows = []
+    for subject, by in _subjects(records, quantized_attention.NAME):
+        least, ours = _seconds(by[quantized_attention.CEILING]), _seconds(by[OURS])
+        made = _seconds(by[quantized_attention.AS_MADE])
+        rows.append(
+            [
+                subject.case,
+                figure(by[quantized_attention.BYTES].median, "share"),
+                *(_micro(seconds) for seconds in (least, ours, made)),
+                f"{least / ours:.1%}",
+                f"{made / ours:.2f}",
+                _error(by[OURS]),
+            ]
+        )
+    return _table(
+        "case | bytes over the full cache | ceiling | kvzip | kvzip, not quantised | share | "
+        "times | error",
+        rows,
+    )
 
 
 def streaming(records: Sequence[Record]) -> str:

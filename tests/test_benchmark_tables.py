@@ -14,7 +14,13 @@ import quantized_tables  # noqa: E402
 import streaming_tables  # noqa: E402
 import tables  # noqa: E402
 
-FILES = ("h200.jsonl", "h200_decode_step.jsonl")
+FILES = (
+    "h200.jsonl",
+    "h200_decode_step.jsonl",
+    "h200_stream.jsonl",
+    "h200_quantized.jsonl",
+    "h200_growth.jsonl",
+)
 
 
 def printed() -> list[str]:
