@@ -473,3 +473,10 @@ def test_spans_need_text_and_a_fast_tokenizer(monkeypatch):
     monkeypatch.setattr(type(model.tokenizer), "is_fast", False)
     with pytest.raises(KVzipError, match="load a fast tokenizer, or name the tokens"):
         model.spans(TEXT, ["quick"])
+
+
+def test_a_threshold_of_zero_is_asked_for():
+    assert Budget(threshold=0.0).asked() == {"threshold": 0.0}
+    with pytest.raises(KVzipError, match="leave out threshold"):
+        Budget.of(Budget(0.3), threshold=0.0)
+    assert Budget.of(Budget(0.3), min_per_head=0, keep=(), tokens=None) == Budget(0.3)

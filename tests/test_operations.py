@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvzip import KVzipError, ModelKVzip, kernels
+from kvzip.errors import KVzipWarning
 from kvzip.kernels import REFERENCE, operations
 from models import QUESTIONS, TEXT, make_hf_model, make_tokenizer, shared_model
 
@@ -117,3 +118,8 @@ def test_a_model_refuses_a_backend_that_cannot_run():
         ModelKVzip(make_hf_model(), make_tokenizer(), backend="triton")
     with pytest.raises(KVzipError, match="unknown backend 'fast'"):
         ModelKVzip(make_hf_model(), make_tokenizer(), backend="fast")
+
+
+def test_compiling_where_nothing_is_recorded_is_said():
+    with pytest.warns(KVzipWarning, match="compile=True changes nothing here"):
+        ModelKVzip(make_hf_model(), make_tokenizer(), compile=True)

@@ -429,3 +429,9 @@ class TestWriting:
             kv.save(tmp_path / "context.kvz")
         assert isinstance(caught.value, KVzipError) == isinstance(error, OSError)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_without_a_context_is_refused(tmp_path):
+    with pytest.raises(KVzipError, match="no context yet"):
+        shared_model().begin().save(tmp_path / "empty.kvz")
+    assert not list(tmp_path.iterdir())

@@ -696,3 +696,22 @@ def test_a_known_length_is_refused_only_if_it_does_not_fit():
     ids = random_ids(n)
     expected = stream(model, iter([ids]))
     assert_same(snapshot(stream(model, ids)), snapshot(expected))
+
+
+@pytest.mark.parametrize("scorer", ["random", "key-norm", "reconstruction+"])
+def test_scores_of_another_kind_are_no_measure(scorer):
+    """They would be ranked against each other."""
+    model = shared_model()
+    kv = model.prefill(TEXT, scorer=scorer).prune(0.5)
+    before = kv.nbytes
+    with pytest.raises(KVzipError, match=f"scored by '{scorer.replace('+', '.')}'"):
+        kv.extend(TEXT, ratio=0.5, budget="context")
+    assert kv.nbytes == before
+    assert kv.scorers == {scorer}
+
+
+@pytest.mark.parametrize("reach", ["context", "chunk"])
+def test_either_reach_may_go_on(reach):
+    kv = shared_model().prefill(TEXT, reach=reach).prune(0.5)
+    kv.extend(TEXT, ratio=0.5)
+    assert "reconstruction, reach chunk" in kv.scorers

@@ -92,7 +92,7 @@ class Budget:
         """
         if not isinstance(ratio, Budget):
             return cls(ratio, **others)
-        given = [name for name, part in others.items() if part]
+        given = [name for name, part in others.items() if _is_given(name, part)]
         if given:
             raise KVzipError(f"a Budget says all of it: leave out {' and '.join(given)}")
         return ratio
@@ -103,7 +103,7 @@ class Budget:
 
     def asked(self) -> dict[str, Any]:
         """What was asked for, by name, without what was left out."""
-        return {name: part for name, part in asdict(self).items() if part not in (None, 0, ())}
+        return {name: part for name, part in asdict(self).items() if _is_given(name, part)}
 
     def required(self, n: int) -> int:
         """Pairs that every head must keep of a context of n tokens."""
@@ -225,3 +225,8 @@ def _span(span: Any) -> Span:
             "model.spans(context, texts) finds the tokens of texts"
         )
     return start, end
+
+
+def _is_given(name: str, part: Any) -> bool:
+    """Whether a part of a budget says anything: a threshold of 0 does."""
+    return part is not None if name in KINDS else bool(part)

@@ -4,7 +4,7 @@ Two numbers that never share a name: `seen_tokens` counts positions, rows count 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from kvzip.kernels.quantization import Quantization
 from kvzip.layers import AnsweringLayer, ContextLayer, Tail
 from kvzip.parallel import WHOLE, Division
 from kvzip.selection import check, select, with_last
-from kvzip.states import StateLayer
+from kvzip.states import State, StateLayer
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,11 @@ class ContextCache(Cache):
         self._scores = () if scores is None else (scores,)
 
     @property
+    def scorers(self) -> set[str]:
+        """Names of what scored the context: several if it was read in parts."""
+        return {name for part in self._scores for name in part.scorer.split(" + ")}
+
+    @property
     def prunable(self) -> list[ContextLayer]:
         """The layers with full attention, in order."""
         return [layer for layer in self.layers if isinstance(layer, ContextLayer)]
@@ -251,8 +256,9 @@ class ContextCache(Cache):
             min_per_head: pairs that every head keeps at least; see `Budget`.
             keep: tokens whose pairs every head keeps, as (start, end); see `Budget`.
             kv_dtype: quantise what stays, prefix included: `"int4"`, `"int8"` or `"fp8"`, or a
-                `Quantization`. None leaves it as it is held. Sliding layers and pairs that are
-                retained are never quantised, nor is the tail.
+                `Quantization`. None leaves it as it is held, and where pairs are retained as the
+                model made it. Sliding layers and pairs that are retained are never quantised, nor
+                is the tail.
 
         Returns:
             This cache.
@@ -366,10 +372,10 @@ class ContextCache(Cache):
             layers,
             self.document,
             self.origin,
-            scores=self.scores,
             ratio=self.ratio,
             division=self.division,
         )
+        fork._scores = self._scores
         fork.reader = self.reader
         return fork
 
@@ -388,7 +394,7 @@ class ContextCache(Cache):
         token_ids: Tensor,
         scores: Scores | None,
         kept: Tensor,
-        reader: "ContextCache | None" = None,
+        states: Mapping[int, State] | None = None,
     ) -> None:
         """Make the tail's first tokens a part of the context, and evict what is not kept of them.
 
@@ -397,13 +403,14 @@ class ContextCache(Cache):
             scores: their scores, `[L, H, t]`; None where they are no measure beside those of the
                 context, which then has none, and is pruned no further.
             kept: `[L, H, t]`, bool: which of their pairs stay.
-            reader: a fork that stands right behind these tokens, where the tail holds more.
+            states: by layer of linear attention, its state right behind these tokens, where the
+                tail holds more.
         """
         self.room = None
         layer_kept = iter(kept)
-        for layer, there in zip(self.layers, (reader or self).layers, strict=True):
+        for index, layer in enumerate(self.layers):
             if isinstance(layer, StateLayer):
-                layer.absorb(there.state)
+                layer.absorb(layer.state if states is None else states[index])
             else:
                 layer.absorb(next(layer_kept) if isinstance(layer, ContextLayer) else kept[0])
         document = self.document
@@ -428,7 +435,7 @@ class ContextCache(Cache):
                 mine.adopt(theirs)
             if absorbed:
                 self.room = None  # it shares the context that was given up
-                self.document, self.scores = answered.document, answered.scores
+                self.document, self._scores = answered.document, answered._scores
             self.history = torch.cat([self.history, token_ids])[absorbed:]
 
     def truncate(self, tail_length: int) -> None:

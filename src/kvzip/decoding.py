@@ -102,12 +102,12 @@ def generate(
     settings = _settings(decoder.model, settings, len(sequence), max_positions)
     new_tokens = len(sequence) - kv.seen_tokens + settings["max_new_tokens"]
     columns = kv.tail_length + new_tokens
-    if shrinker is None:
+    if shrinker is not None and update_cache:
+        shrinker.check(kv)
+    if shrinker is None or columns <= shrinker.how.columns:  # nothing will leave the window
         room = decoder.room(kv, columns=columns)
     else:
-        if update_cache:
-            shrinker.check(kv)
-        room = decoder.private_room(kv, columns=min(columns, shrinker.how.columns))
+        room = decoder.private_room(kv, columns=shrinker.how.columns)
     if streamer is not None:
         streamer.put(query_ids.cpu())
     run = _run(room, tokenizer, sequence[None], settings, streamer=streamer, shrinker=shrinker)

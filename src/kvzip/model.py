@@ -1,5 +1,6 @@
 """ModelKVzip: read once, evict, ask anything. Each method is one stage, in order."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from kvzip import (
 )
 from kvzip.budget import Budget, Span
 from kvzip.cache import KV_TYPES, ContextCache, Document, Origin
-from kvzip.errors import KVzipError
+from kvzip.errors import KVzipError, KVzipWarning
 from kvzip.geometry import probe
 from kvzip.kernels import operations
 from kvzip.prefill import Progress, prefill, silent
@@ -125,6 +126,13 @@ class ModelKVzip:
             and not self.geometry.stateful
             and weights.on_one_device(self.hf_model)
         )
+        if compile and not records:
+            warnings.warn(
+                "compile=True changes nothing here: steps are compiled where they are recorded as "
+                "CUDA graphs, on one NVIDIA device and without layers of linear attention",
+                KVzipWarning,
+                stacklevel=2,
+            )
         self.decoder = make_decoder(self.hf_model, records=records, compiled=compile)
         if self.division.size > 1:
             self.origin  # noqa: B018  weights are gathered for it, by all processes together
@@ -413,18 +421,21 @@ class ModelKVzip:
         scored = self.geometry.prunable
         with predicting(self.hf_model, self._surrogate(scorer), scored) as predictions:
             kv = self.read(context, chunk_size=chunk_size, progress=progress)
-        kv.scores = predictions.last(kv.document.context_length)
+        kv.scores = predictions.whole(kv.document.context_length)
         return kv
 
     def _chunk_scorer(self, kv: ContextCache, scorer: str | None, score_chunk: int) -> ChunkScorer:
         """What scores a context that goes on, by default as it was scored so far."""
-        before = kv.scores.scorer.split(" + ")[-1] if kv.scores else RECONSTRUCTION
         if scorer is None:
-            scorer = before if is_surrogate(before) else RECONSTRUCTION
-        if is_surrogate(scorer) != is_surrogate(before) and kv.document.context_length:
+            surrogate = next(filter(is_surrogate, kv.scorers), None)
+            scorer = surrogate or RECONSTRUCTION
+        allowed = {reconstruction.scorer_name(reach) for reach in reconstruction.REACHES}
+        if is_surrogate(scorer):
+            allowed = {self._surrogate(scorer).scorer}
+        if others := sorted(kv.scorers - allowed):
             raise KVzipError(
-                f"this context was scored by {before!r}, whose scores are no measure for those of "
-                f"{scorer!r}: leave out scorer, or read the context anew"
+                f"this context was scored by {others[0]!r}, whose scores are no measure for those "
+                f"of {scorer!r}: read the context anew, or go on with the scorer that it has"
             )
         if is_surrogate(scorer):
             return PredictedChunks(self.hf_model, self._surrogate(scorer))

@@ -72,14 +72,14 @@ class Division:
         Raises:
             KVzipError: that of `work`.
         """
-        failed: KVzipError | None = None
+        failed: BaseException | None = None
         if self.rank == 0:
             try:
                 work()
-            except KVzipError as error:
+            except BaseException as error:  # the others wait to be told
                 failed = error
         if self.size > 1:
-            said = [failed and str(failed)]
+            said = [None if failed is None else str(failed) or type(failed).__name__]
             dist.broadcast_object_list(said, group=self.group, group_src=0, device=self.device)
             if said[0] is not None and failed is None:
                 failed = KVzipError(said[0])
@@ -131,6 +131,11 @@ def check_divided(model: PreTrainedModel, division: Division, geometry: Geometry
     """Raise KVzipError unless each layer has its part of the heads, as this process sees it."""
     if division.size == 1:
         return
+    if any(layer.linear for layer in geometry.layers):
+        raise KVzipError(
+            f"{type(model).__name__} has layers of linear attention, which tp_plan does not "
+            "divide: spread its layers with device_map='auto' instead"
+        )
     total = _kv_heads(model)
     wrong = {layer.kv_heads for layer in geometry.layers} - {total // division.size}
     if wrong:

@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvzip.budget import Budget
-from kvzip.cache import ContextCache, Scores
+from kvzip.cache import ContextCache
 from kvzip.errors import KVzipError, KVzipWarning
 from kvzip.interrupts import uninterrupted
 from kvzip.layers import AnsweringLayer, Tail
 from kvzip.prefill import run
 from kvzip.scoring import get_scorer, is_surrogate
 from kvzip.selection import select
+from kvzip.states import StateLayer
 from kvzip.surrogates.predicting import Surrogate, predicting, scored_layers
 
 WINDOW = 128
@@ -138,8 +139,15 @@ class Shrinker:
                 run(self.model, part, reader)
         scores = predictions.last(len(leaving), self.model.device)
         kept = select(scores.values, self.how.amount)
+        states = {
+            index: layer.state
+            for index, layer in enumerate(reader.layers)
+            if isinstance(layer, StateLayer)
+        }
+        del reader  # it holds on to every layer's pairs
+        comparable = kv.scorers == {scores.scorer} or not kv.document.context_length
         with uninterrupted():
-            kv.absorb(leaving, scores if _comparable(kv, scores) else None, kept, reader)
+            kv.absorb(leaving, scores if comparable else None, kept, states)
 
     def shrink_conversation(self, kv: ContextCache) -> None:
         """Make all of a cache's tail but the window a part of its context, for good.
@@ -187,10 +195,3 @@ class WrittenTail(Tail):
 def _written(layer: object) -> Tail:
     """What a layer's tail is for one that reads it again; layers without pairs have none."""
     return WrittenTail(layer.tail) if isinstance(layer, AnsweringLayer) else Tail()
-
-
-def _comparable(kv: ContextCache, scores: Scores) -> bool:
-    """Whether the context's scores are a measure for those of other tokens."""
-    if kv.scores is None:
-        return not kv.document.context_length
-    return set(kv.scores.scorer.split(" + ")) == {scores.scorer}

@@ -102,6 +102,8 @@ def save(kv: ContextCache, path: str | Path, *, overwrite: bool = False) -> Path
         KVzipError: if the file exists and `overwrite` is False, or cannot be written.
     """
     path = Path(path)
+    if not kv.document.context_length:
+        raise KVzipError("the cache holds no context yet: read one with kv.extend before saving it")
     check_output(path, overwrite=overwrite)
     tensors = {}
     for name, tensor in _tensors(kv).items():

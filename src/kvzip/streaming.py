@@ -84,7 +84,8 @@ def extend(
 ) -> None:
     """Read further into a context, and compress while reading.
 
-    If anything goes wrong, or the reading is interrupted, the cache holds the last whole chunk.
+    If anything goes wrong, or the reading is interrupted, the cache holds the last whole chunk;
+    unless memory runs out while layers are compacted, which leaves a cache of no use.
 
     Args:
         kv: the cache, without a conversation; it grows.

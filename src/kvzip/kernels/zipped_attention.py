@@ -498,7 +498,7 @@ def choose_tiling(m: int, head_dim: int, element_size: int) -> Tiling:
 
 
 def choose_quantized_tiling(m: int, head_dim: int, element_size: int, bits: int) -> Tiling:
-    """Tiles for `m` query rows a KV head over codes of so many bits; not measured yet.
+    """Tiles for `m` query rows a KV head over codes of so many bits; not tuned.
 
     Codes are unpacked in registers, which is what limits the tiles. Those of the tail are small, so
     that they take no shared memory from the codes, of which more are to be in flight.

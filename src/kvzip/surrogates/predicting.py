@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -66,12 +66,15 @@ class Predictions:
             self._parts[place].append(self._surrogate.predict(place, hidden[0]))
 
     def last(self, tokens: int, device: torch.device | str = "cpu") -> Scores:
-        """Scores `[L, H, tokens]` of the last tokens that were read."""
+        """Scores `[L, H, tokens]` of the last tokens that were read, which others may follow."""
         layers = [torch.cat(parts, dim=-1)[:, -tokens:] for parts in self._parts]
         values = torch.stack([layer.to(device, torch.float32) for layer in layers])
-        return Scores(
-            self._surrogate.complete(values), self._surrogate.scorer, self._surrogate.window
-        )
+        return Scores(values, self._surrogate.scorer, self._surrogate.window)
+
+    def whole(self, tokens: int) -> Scores:
+        """The same of a context whose last tokens these are, on the CPU."""
+        scores = self.last(tokens)
+        return replace(scores, values=self._surrogate.complete(scores.values))
 
 
 @contextmanager
@@ -149,7 +152,7 @@ def score(
     unseen = [Unseen()] * len(kv.prunable)
     with predicting(model, surrogate, scored_layers(kv)) as predictions:
         observe(model, kv, slice(p, p + n), unseen, chunk_size=chunk_size, progress=progress)
-    return predictions.last(n)
+    return predictions.whole(n)
 
 
 class Unseen:
