@@ -226,7 +226,7 @@ def _legend(figure: Figure, report: Report, theme: Theme) -> None:
     lines: Any = require("matplotlib.lines", "a plot")
     handles = [lines.Line2D([], [], **_look(report, series, theme)) for series in report.series]
     labels = [report.label(series) for series in report.series]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
 
 
 def _kept(kept: Kept) -> Figure:
