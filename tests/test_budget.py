@@ -94,6 +94,12 @@ def test_a_budget_says_what_was_asked():
     assert hash(budget) == hash(Budget(bytes=2000, min_per_head=2, keep=((1, 4),)))
 
 
+def test_a_budget_goes_on_as_before():
+    assert Budget.as_before(0.25) == Budget(0.25)
+    with pytest.raises(KVzipError, match=r"nothing of the context was kept \(ratio 0\.0\)"):
+        Budget.as_before(0.0)
+
+
 def test_a_whole_budget_takes_no_parts():
     budget = Budget(tokens=5)
     assert Budget.of(budget, tokens=None, min_per_head=0, keep=()) is budget
@@ -385,6 +391,25 @@ def test_a_saved_cache_says_the_share_that_its_budget_came_to(tmp_path):
     assert again.ratio == again.realised_ratio == 9 / kv.document.context_length
     again.extend(TEXT)
     assert again.realised_ratio == pytest.approx(kv.ratio, abs=1e-3)
+
+
+@pytest.mark.parametrize("budget", [None, 0.5, Budget(tokens=9)], ids=str)
+def test_prefill_quantises_what_it_keeps(budget):
+    model = shared_model()
+    kv, kept = model.prefill(TEXT, ratio=budget, kv_dtype="int4"), 1.0 if budget is None else budget
+    assert kv.kv_dtype == "int4"
+    assert_same(snapshot(kv), snapshot(model.prefill(TEXT).prune(kept, kv_dtype="int4")))
+
+
+def test_prefill_fits_codes_into_bytes():
+    """Into so few that the prefix alone would not fit as the model made it."""
+    model = shared_model()
+    budget = Budget(bytes=model.prefill(TEXT).nbytes // 4)
+    with pytest.raises(KVzipError, match="the prefix and layers that slide take"):
+        model.prefill(TEXT, ratio=budget)
+    kv = model.prefill(TEXT, ratio=budget, kv_dtype="int4")
+    assert kv.kept.any()
+    assert kv.nbytes <= budget.bytes
 
 
 # Parts of a text

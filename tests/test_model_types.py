@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from kvzip import KVzipError, ModelKVzip, attention, checks
+from kvzip import KVzipError, ModelKVzip, attention, checks, storage
 from kvzip.cli import models
 from kvzip.evaluation.likelihood import likelihoods
 from kvzip.geometry import refuse_layer_types
-from kvzip.kernels import reference
+from kvzip.kernels import quantization, reference
 from kvzip.kernels.logits import Logits
+from kvzip.kernels.quantization import Quantization, dequantize, quantize
 from kvzip.model_types import EXPECTED, REFUSED, TESTED, ModelType
+from kvzip.pairs import Pairs, QuantizedPairs
 from kvzip.scoring import SCORERS
 from kvzip.states import StateLayer
 from models import (
@@ -78,6 +80,46 @@ def test_checks_can_fail(monkeypatch, name, owner, attribute, replacement):
     (model_type,) = [one for one in TESTED if one.id == name]
     monkeypatch.setattr(owner, attribute, replacement)
     assert not all(checks.check(model_type).passed.values())
+
+
+def quantize_and_attend_to_what_was_made(pairs: Pairs, how: Quantization) -> QuantizedPairs:
+    """Codes that nothing reads."""
+    keys, values = (
+        quantize(part, pairs.counts.tolist(), how) for part in (pairs.keys, pairs.values)
+    )
+    coded = QuantizedPairs(keys, values, pairs.kept)
+
+    def attention(query, keys, values, *rest, **settings):
+        return reference.zipped_attention(query, pairs.keys, pairs.values, *rest, **settings)
+
+    object.__setattr__(coded, "attention", lambda operations: attention)
+    return coded
+
+
+def swapped(*args):
+    keys, values = storage_quantized(*args)
+    return values, keys
+
+
+storage_quantized = storage._quantized
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "replacement"),
+    [
+        (Pairs, "quantize", lambda self, how: self),
+        (Pairs, "quantize", quantize_and_attend_to_what_was_made),
+        (reference, "dequantize", lambda *args: (2 * head for head in dequantize(*args))),
+        (quantization, "_unpack", lambda words, slices: words.int().repeat(1, slices) & 7),
+        (storage, "_quantized", swapped),
+    ],
+    ids=["not-quantised", "not-read", "read-wrong", "packed-wrong", "saved-wrong"],
+)
+def test_the_check_of_codes_can_fail(monkeypatch, owner, attribute, replacement):
+    of_type = subject(TESTED[0])
+    assert checks.quantized_cache(of_type)
+    monkeypatch.setattr(owner, attribute, replacement)
+    assert not checks.quantized_cache(of_type)
 
 
 def test_the_documentation_has_the_tables():

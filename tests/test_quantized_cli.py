@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 import test_cli
-from kvzip import storage
+from kvzip import ModelKVzip, storage
 from kvzip.kernels.quantization import KV_DTYPES, Quantization, channel_bytes
+from models import assert_same, snapshot
 from test_cli import HEAD_DIM, HEADS, LAYERS
+from test_storage import rewrite, set_header
 
 document, kvzip, model = test_cli.document, test_cli.kvzip, test_cli.model
 no_model, refused = test_cli.no_model, test_cli.refused
@@ -73,6 +75,17 @@ def test_streaming_and_appending(kvzip, document, model, kv_dtype):
     assert int(storage.read_lengths(path).sum()) > 2 * before
 
 
+def test_streaming_agrees_with_the_library(kvzip, document, model, tmp_path):
+    arguments = ["--streaming", "--chunk-size", 100, "-r", "0.4", "--kv-dtype", "int4", "--json"]
+    seconds = json.loads(kvzip("zip", document, "-m", model, *arguments)[1])["seconds"]
+    assert [*seconds] == ["stream", "quantise", "save"]
+    library = ModelKVzip(model)
+    how = {"ratio": 0.4, "streaming": True, "chunk_size": 100, "kv_dtype": "int4"}
+    kv = library.prefill(document.read_text("utf-8"), **how)
+    again = library.load(document.with_suffix(".kvz"))
+    assert_same(snapshot(again), snapshot(kv))
+
+
 def test_appending_to_a_file_quantises_all_of_it(kvzip, document, model):
     assert kvzip("zip", document, "-m", model)[0] == 0
     path = document.with_suffix(".kvz")
@@ -90,18 +103,61 @@ def test_codes_do_not_turn_into_others(kvzip, refused, document, model, monkeypa
     assert path.read_bytes() == before
 
 
+@pytest.mark.filterwarnings("ignore:no score reaches")
+def test_appending_to_a_file_that_kept_nothing(kvzip, refused, document, model, monkeypatch):
+    status, _, err = kvzip("zip", document, "-m", model, "--threshold", 2, "--kv-dtype", "int8")
+    assert status == 0
+    assert "nothing of the context is kept" in err
+    path = document.with_suffix(".kvz")
+    before = path.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("kvzip.model.ModelKVzip.__init__", lambda *_, **__: 1 / 0)
+        said = refused("zip", "--append", path, document)
+    assert "nothing of the context was kept (ratio 0.0)" in said
+    assert "by a ratio in (0, 1], such as 0.3" in said
+    assert path.read_bytes() == before
+    assert kvzip("zip", "--append", path, document, "-r", 0.5)[0] == 0
+    assert storage.read_header(path).realised_ratio == pytest.approx(0.25, abs=0.01)
+
+
+def test_appending_to_codes_without_scores(refused, document, model):
+    path = document.with_suffix(".kvz")
+    loaded = ModelKVzip(model)
+    loaded.read("My name is Kim.").quantize("int8").save(path)
+    said = refused("zip", "--append", path, document)
+    assert "holds no scores to go on by: zip the document again, or save a cache that was" in said
+
+
+def test_weights_that_cannot_be_had_here_are_told_with_the_way_out(
+    refused, document, model, tmp_path
+):
+    path = ModelKVzip(model).prefill("My name is Kim.", ratio=0.5).save(tmp_path / "a.kvz")
+
+    def quantised(_, metadata):
+        header = json.loads(metadata["kvzip"].partition(" ")[2])
+        set_header(metadata, origin={**header["origin"], "quantization": "fp8"})
+
+    rewrite(path, quantised)
+    for arguments in (["ask", path, "Who?"], ["zip", "--append", path, document]):
+        said = refused(*arguments, "--device", "cpu")
+        assert f"{path} opens with weights in fp8 only, which cannot be had here: open it" in said
+        assert "or zip the document again with others (quantization 'fp8' runs on an NVIDIA" in said
+
+
 def test_unknown_dtypes(refused, no_model, document):
     said = refused("zip", document, "--kv-dtype", "int3")
     assert "'int3' is not one of" in said
     assert not document.with_suffix(".kvz").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--streaming"]], ids=["two-passes", "streaming"])
 def test_heads_that_cannot_be_packed_are_found_before_scoring(
-    refused, document, tmp_path, monkeypatch
+    refused, document, tmp_path, monkeypatch, more
 ):
     model = test_cli.save_model(tmp_path / "model", head_dim=30)
-    monkeypatch.setattr("kvzip.model.ModelKVzip.score", lambda *_, **__: 1 / 0)
-    said = refused("zip", document, "-m", model, "--kv-dtype", "int4")
+    for scoring in ("model.ModelKVzip.score", "scoring.chunks.RepeatedChunks.read"):
+        monkeypatch.setattr(f"kvzip.{scoring}", lambda *_, **__: 1 / 0)
+    said = refused("zip", document, "-m", model, "--kv-dtype", "int4", *more)
     assert "whose dimension is 30: it must be a multiple of 4" in said
 
 

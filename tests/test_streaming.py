@@ -13,6 +13,8 @@ from torch import Tensor
 import kvzip.scoring.chunks as chunks
 import kvzip.streaming as streaming
 from kvzip import ContextCache, KVzipError, ModelKVzip, Scores
+from kvzip.budget import Budget
+from kvzip.kernels.quantization import KV_DTYPES
 from kvzip.layers import ContextLayer, Layer
 from kvzip.scoring.chunks import RepeatedChunks
 from kvzip.streaming import chunks_of
@@ -536,6 +538,57 @@ def test_the_ratio_is_that_of_the_chunks_read_when_interrupted():
     assert kv.ratio == 0.2
 
 
+# Quantised pairs
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_pairs_are_quantised_behind_the_end(kind, budget, kv_dtype):
+    """The same pairs are kept as without, and channels are evened out over all that was read."""
+    model = shared_model(kind)
+    kv = stream(model, random_ids(N), budget=budget, kv_dtype=kv_dtype)
+    plain = stream(model, random_ids(N), budget=budget)
+    assert kv.kv_dtype == kv_dtype
+    assert plain.kv_dtype is None
+    assert not torch.equal(asked(model, kv), asked(model, plain))
+    assert_same(snapshot(kv), snapshot(plain.quantize(kv_dtype)))
+    assert torch.equal(kv.scores.values, plain.scores.values)
+
+
+def test_a_cache_is_quantised_when_more_is_read():
+    model = shared_model()
+    first, second = random_ids(N).split([CHUNK * 2, N - CHUNK * 2])
+    kv, plain = stream(model, first), stream(model, first)
+    kv.extend(second, chunk_size=CHUNK, kv_dtype="int4")
+    assert_same(snapshot(kv), snapshot(plain.extend(second, chunk_size=CHUNK).quantize("int4")))
+    again = kv.fork()
+    for one, how in ((kv, {}), (again, {"kv_dtype": "int4"})):
+        one.extend(random_ids(CHUNK), **how)  # it is quantised like the rest, asked or not
+    assert kv.kv_dtype == "int4"
+    assert_same(snapshot(again), snapshot(kv))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_what_cannot_be_quantised_is_refused_before_scores_are_made(streamed, monkeypatch):
+    model, reading = make_model(head_dim=30), {"streaming": streamed, "ratio": RATIO}
+    for scoring in (RepeatedChunks, ModelKVzip):
+        name = "read" if scoring is RepeatedChunks else "score"
+        monkeypatch.setattr(scoring, name, lambda *_, **__: 1 / 0)
+    with pytest.raises(KVzipError, match=r"dimension is 30: it must be a multiple of 4"):
+        model.prefill(TEXT, kv_dtype="int4", **reading)
+    with pytest.raises(KVzipError, match="unknown kv_dtype 'int3': choose one of int4, int8, fp8"):
+        model.prefill(TEXT, kv_dtype="int3", **reading)
+
+
+def test_codes_do_not_turn_into_others_when_more_is_read():
+    kv = stream(shared_model(), TEXT, kv_dtype="int4")
+    before = snapshot(kv)
+    with pytest.raises(KVzipError, match=r"does not turn into int8: prefill again"):
+        kv.extend(TEXT, kv_dtype="int8")
+    assert_same(snapshot(kv), before)
+
+
 # Bad input
 
 
@@ -629,9 +682,50 @@ def test_a_cache_without_scores_is_refused():
     model = shared_model()
     kv = model.read(TEXT)
     before = snapshot(kv)
-    with pytest.raises(KVzipError, match=r"call model\.score"):
+    with pytest.raises(KVzipError, match=r"no scores to extend by: call model\.score\(kv\) first"):
         kv.extend(TEXT, ratio=0.3)
     assert_same(snapshot(kv), before)
+
+
+def test_codes_without_scores_are_refused_with_what_is_left_to_do():
+    kv = shared_model().read(TEXT).quantize("int8")
+    before = snapshot(kv)
+    said = "no scores to {} by, and what is quantised cannot be scored any more: prefill .* anew"
+    with pytest.raises(KVzipError, match=said.format("extend")):
+        kv.extend(TEXT, ratio=0.3)
+    with pytest.raises(KVzipError, match=said.format("prune")):
+        kv.prune(0.3)
+    assert_same(snapshot(kv), before)
+
+
+@pytest.mark.parametrize("how", [{"threshold": 2.0}, {"bytes": "prefix"}], ids=["score", "bytes"])
+@pytest.mark.filterwarnings("ignore:no score reaches")
+def test_a_cache_that_kept_nothing_does_not_say_how_much_to_keep_of_more(how, tmp_path):
+    model = shared_model()
+    kv = model.prefill(TEXT)
+    if "bytes" in how:
+        how = {"bytes": kv.footprint().fixed}
+    kv.prune(**how)
+    for one in (kv, model.load(kv.save(tmp_path / "context.kvz"))):
+        before = snapshot(one)
+        said = r"nothing of the context was kept \(ratio 0\.0\), .* by a ratio in \(0, 1\], such"
+        with pytest.raises(KVzipError, match=said):
+            one.extend(TEXT)
+        assert_same(snapshot(one), before)
+        one.extend(TEXT, ratio=0.5)
+        assert one.ratio == 0.5
+        assert one.realised_ratio == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:no score reaches")
+def test_a_stream_whose_first_chunks_keep_nothing_goes_on():
+    model = shared_model()
+    nothing = stream(model, TEXT, ratio=Budget(threshold=2.0))
+    assert not nothing.kept.any()
+    with pytest.raises(KVzipError, match="nothing of the context was kept"):
+        nothing.extend(TEXT)
+    nothing.extend(TEXT, ratio=Budget(threshold=0.0))
+    assert nothing.realised_ratio == 0.5
 
 
 def test_a_cache_of_no_model_is_refused():

@@ -97,6 +97,23 @@ class Budget:
             raise KVzipError(f"a Budget says all of it: leave out {' and '.join(given)}")
         return ratio
 
+    @classmethod
+    def as_before(cls, ratio: float) -> "Budget":
+        """The share of what comes behind a context, if it is to be that of the context.
+
+        Args:
+            ratio: the keep ratio of the context, or the share that another budget came to.
+
+        Raises:
+            KVzipError: if nothing of the context was kept.
+        """
+        if not ratio:
+            raise KVzipError(
+                f"nothing of the context was kept (ratio {ratio}), which is no measure for what "
+                "comes behind it: say how much of that to keep by a ratio in (0, 1], such as 0.3"
+            )
+        return cls(ratio)
+
     def __str__(self) -> str:
         (kind,) = (kind for kind in KINDS if getattr(self, kind) is not None)
         return f"{kind} {getattr(self, kind)}"

@@ -281,7 +281,7 @@ class ContextCache(Cache):
         )
         how = None if kv_dtype is None else Quantization.of(kv_dtype)
         if self.scores is None:
-            raise KVzipError("this cache has no scores to prune by: call model.score(kv) first")
+            raise self.unscored("prune")
         if how is not None:
             self._check_quantization(how)
         device = self.prunable[0].context.keys.device
@@ -315,6 +315,20 @@ class ContextCache(Cache):
         self._check_quantization(how)
         self.keep(self.kept, how)
         return self
+
+    def unscored(self, purpose: str) -> KVzipError:
+        """The error of a cache without scores, with the way to some.
+
+        Args:
+            purpose: what they are needed for, a verb.
+        """
+        whole = all(layer.held.kept.all() for layer in self.prunable)
+        if whole and all(layer.held.quantization is None for layer in self.prunable):
+            remedy = ": call model.score(kv) first"
+        else:
+            state = "quantised" if whole else "evicted"
+            remedy = f", and what is {state} cannot be scored any more: prefill the context anew"
+        return KVzipError(f"this cache has no scores to {purpose} by{remedy}")
 
     def _check_quantization(self, how: Quantization) -> None:
         """Raise KVzipError before anything is done if a layer cannot be quantised so."""

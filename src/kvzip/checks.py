@@ -5,17 +5,15 @@ torch and transformers that are installed. It takes about a second a type on one
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,9 +22,11 @@ from transformers import (
 )
 
 from kvzip.cache import ContextCache
+from kvzip.kernels.quantization import KV_DTYPES, QuantizedRows, dequantize
 from kvzip.loading import resolve
 from kvzip.model import ModelKVzip
 from kvzip.model_types import SHAPE, ModelType
+from kvzip.oracle import MASKED, masked_attention
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 2
 QUESTIONS = ("what jumps?", "who is the lazy one here, tell me", "a dog?")
@@ -39,8 +39,8 @@ TOLERANCE = 1e-3
 SHARPNESS = 7
 """Factor on random weights, so that attention is sharp and answers depend on the context."""
 
-MASKED = "kvzip-masked"
-"""The attention implementation that `masked_attention` registers."""
+LEVEL = {"int4": 1 / 8, "int8": 1 / 127, "fp8": 32 / 448}
+"""Largest distance of two neighbouring levels of a code, as a share of its scale."""
 
 
 def make_config(model_type: ModelType, vocabulary: int) -> PreTrainedConfig:
@@ -105,9 +105,9 @@ class Subject:
         """The same anew, through the zipped path."""
         return self.scored.fork().prune(1.0)
 
-    def evicted(self) -> ContextCache:
-        """The same, and evicted."""
-        return self.scored.fork().prune(RATIO)
+    def evicted(self, kv_dtype: str | None = None) -> ContextCache:
+        """The same, and evicted; quantised, if told to."""
+        return self.scored.fork().prune(RATIO, kv_dtype=kv_dtype)
 
     def ids(self) -> Tensor:
         """Tokens of the text and a question."""
@@ -158,24 +158,89 @@ def full_cache(subject: Subject) -> bool:
     )
 
 
-def evicted_cache(subject: Subject) -> bool:
-    """An evicted cache gives what plain attention gives with the evicted pairs masked."""
-    kv, ids = subject.evicted(), subject.ids()
+def _answers_as_masked(subject: Subject, kv: ContextCache, unlike: ContextCache) -> bool:
+    """Whether a cache answers as plain attention to its pairs does, and unlike another cache.
+
+    Its logits must be ten times nearer than those of the other one.
+    """
+    ids = subject.ids()
     with masked_attention(kv):
         model = subject.make_model(attn_implementation=MASKED)
         logits = subject.expected(model)
         expected = _tokens(model, ids, use_cache=False)
     got = _tokens(subject.model.hf_model, ids, past_key_values=kv.fork())
-    changed = not _near(logits, subject.logits(subject.full()))
-    return changed and got == expected and _near(subject.logits(kv), logits)
+    off, others_off = ((subject.logits(one) - logits).abs().max() for one in (kv, unlike))
+    return got == expected and bool(off <= TOLERANCE) and bool(10 * off < others_off)
+
+
+def evicted_cache(subject: Subject) -> bool:
+    """An evicted cache gives what plain attention gives with the evicted pairs masked."""
+    return _answers_as_masked(subject, subject.evicted(), unlike=subject.full())
 
 
 def saved_cache(subject: Subject) -> bool:
     """A cache that was saved and loaded gives the same logits, bit for bit."""
     kv = subject.evicted()
+    return torch.equal(subject.logits(_saved_and_loaded(subject, kv)), subject.logits(kv))
+
+
+def _saved_and_loaded(subject: Subject, kv: ContextCache) -> ContextCache:
     with tempfile.TemporaryDirectory() as folder:
-        again = subject.model.load(kv.save(Path(folder) / "context.kvz"))
-    return torch.equal(subject.logits(again), subject.logits(kv))
+        return subject.model.load(kv.save(Path(folder) / "context.kvz"))
+
+
+def quantized_cache(subject: Subject) -> bool:
+    """A quantised cache gives what plain attention gives to what its codes stand for.
+
+    They stand for the pairs that they were made from, and are saved and loaded bit for bit.
+    """
+    plain = subject.evicted()
+    for kv_dtype in KV_DTYPES:
+        kv = subject.evicted(kv_dtype)
+        again = _saved_and_loaded(subject, kv)
+        if not (
+            _codes_stand_for(kv, plain)
+            and _answers_as_masked(subject, kv, unlike=plain)
+            and _same_context(again, kv)
+            and torch.equal(subject.logits(again), subject.logits(kv))
+        ):
+            return False
+    return True
+
+
+def _same_context(one: ContextCache, other: ContextCache) -> bool:
+    held, others = (
+        [t for layer in kv.layers for t in layer.context_tensors()] for kv in (one, other)
+    )
+    return len(held) == len(others) and all(map(torch.equal, held, others))
+
+
+def _codes_stand_for(kv: ContextCache, plain: ContextCache) -> bool:
+    """Whether the codes of a cache are no further than a level from the pairs of another."""
+    return all(
+        _within_a_level(codes, rows, made.context.counts.tolist())
+        for coded, made in zip(kv.prunable, plain.prunable, strict=True)
+        for codes, rows in (
+            (coded.context.keys, made.context.keys),
+            (coded.context.values, made.context.values),
+        )
+    )
+
+
+def _within_a_level(
+    codes: Tensor | QuantizedRows, rows: Tensor | QuantizedRows, counts: list[int]
+) -> bool:
+    if not isinstance(codes, QuantizedRows) or not isinstance(rows, Tensor):
+        return False
+    groups = codes.scales.shape[1]
+    stand_for = dequantize(codes, counts, torch.float64)
+    made = zip(rows.double().split(counts), codes.scales.double().split(counts), strict=True)
+    for h, (found, (head, scales)) in enumerate(zip(stand_for, made, strict=True)):
+        apart = ((found - head).abs() / codes.gain[h]).unflatten(1, (groups, -1)).amax(-1)
+        level = scales.abs() * LEVEL[codes.dtype]  # scales are rounded themselves, hence 1.01
+        if (apart > 1.01 * level + 1e-5).any():
+            return False
+    return True
 
 
 def conversation(subject: Subject) -> bool:
@@ -217,6 +282,7 @@ CHECKS: dict[str, Callable[[Subject], bool]] = {
     "full": full_cache,
     "evicted": evicted_cache,
     "saved": saved_cache,
+    "quantised": quantized_cache,
     "conversation": conversation,
     "batch": batch,
     "streaming": streaming,
@@ -244,57 +310,3 @@ def check(model_type: ModelType, device: torch.device | str = "cpu") -> Checked:
     """
     subject = Subject(model_type, device)
     return Checked(model_type, {name: passes(subject) for name, passes in CHECKS.items()})
-
-
-@contextmanager
-def masked_attention(kv: ContextCache) -> Iterator[None]:
-    """Register attention over whole sequences, in float64, that a cache's evicted pairs are not in.
-
-    Args:
-        kv: the cache; what is behind its context sees what it holds, and no more.
-    """
-    held = {
-        index: layer.context.kept for index, layer in enumerate(kv.layers) if layer in kv.prunable
-    }
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        group = query.shape[1] // key.shape[1]
-        keys, values = (part.double().repeat_interleave(group, dim=1) for part in (key, value))
-        logits = (
-            query.double() @ keys.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        )
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        i, j = (torch.arange(part.shape[2], device=query.device) for part in (query, key))
-        i = i[:, None]
-        hidden = j > i
-        if sliding_window is not None:
-            hidden = hidden | (j <= i - sliding_window)
-        hidden = hidden.repeat(query.shape[1], 1, 1)
-        if module.layer_idx in held:
-            kept = held[module.layer_idx].to(query.device).repeat_interleave(group, dim=0)  # type: ignore[index]
-            seen = kept.shape[1]
-            hidden[:, seen:, :seen] |= ~kept[:, None]
-        logits = logits.masked_fill(hidden, -torch.inf)
-        if s_aux is not None:
-            column = s_aux.double().view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-            logits = torch.cat([logits, column], dim=-1)
-        weights = logits.softmax(-1)[..., : key.shape[2]]
-        return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(MASKED, attention)
-    try:
-        yield
-    finally:
-        AttentionInterface._global_mapping.pop(MASKED, None)

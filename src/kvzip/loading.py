@@ -132,7 +132,7 @@ def load(
     if kwargs.get("distributed_config") is not None:
         check_processes()
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
@@ -168,6 +168,11 @@ def load(
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise KVzipError(f"model {name!r} cannot be loaded: {cause}") from error
     return model.eval(), tokenizer
+
+
+def default_device() -> str:
+    """Where a model goes if nothing is said."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _refuse_clashes(given: Mapping[str, Any]) -> None:

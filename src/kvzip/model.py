@@ -30,6 +30,7 @@ from kvzip.cache import KV_TYPES, ContextCache, Document, Origin
 from kvzip.errors import KVzipError, KVzipWarning
 from kvzip.geometry import probe
 from kvzip.kernels import operations
+from kvzip.kernels.quantization import Quantization
 from kvzip.prefill import Progress, prefill, silent
 from kvzip.prompts import INSTRUCTIONS, Prompts, split_chat_template
 from kvzip.room import make_decoder
@@ -160,6 +161,7 @@ class ModelKVzip:
         reach: str | None = None,
         load_score: bool | str | Path = False,
         score_chunk: int = reconstruction.CHUNK_SIZE,
+        kv_dtype: str | Quantization | None = None,
         progress: Progress = silent,
     ) -> ContextCache:
         """Read a context and score its pairs, and prune if told to.
@@ -181,15 +183,19 @@ class ModelKVzip:
             load_score: score whole heads from a file instead of scoring pairs by reconstruction:
                 True for the one in the model's local folder, or a path (see `scoring.heads`).
             score_chunk: tokens that one scoring pass makes the model repeat.
+            kv_dtype: quantise what is kept, all pairs without a ratio: see `ContextCache.prune`;
+                while streaming, when all is read, so that until then pairs are held as the model
+                made them.
             progress: called with the stage, the tokens done and the tokens in all.
 
         Returns:
             The cache: full without a ratio, zipped with one.
 
         Raises:
-            KVzipError: if the context is empty or too long for the model, or the budget makes no
-                sense for it; that is said before the context is scored.
+            KVzipError: if the context is empty or too long for the model, or budget or quantisation
+                make no sense for it; that is said before the context is scored.
         """
+        how = None if kv_dtype is None else Quantization.of(kv_dtype)
         if streaming:
             if ratio is None:
                 raise KVzipError(
@@ -209,12 +215,15 @@ class ModelKVzip:
                 budget=budget,
                 scorer=scorer,
                 score_chunk=score_chunk,
+                kv_dtype=how,
                 progress=progress,
             )
         if not isinstance(context, (str, Tensor)):
             raise KVzipError("a context in pieces is read with streaming=True")
         if budget is not None:
             raise KVzipError("budget belongs to streaming: add streaming=True")
+        if ratio is None and how is not None:
+            ratio = 1.0  # quantised, and nothing evicted
         kept = None if ratio is None else Budget.of(ratio)
         reach = "context" if reach is None else reach
         reconstruction.check_reach(reach)
@@ -222,10 +231,10 @@ class ModelKVzip:
         if is_surrogate(scorer) and load_score is False:
             self._scorer_settings(scorer, reach)
             kv = self._read_and_predict(scorer, context, read_chunk, progress)
-            return kv if kept is None else kv.prune(kept)
+            return kv if kept is None else kv.prune(kept, kv_dtype=how)
         kv = self.read(context, chunk_size=read_chunk, progress=progress)
         if kept is not None:
-            kv.check(kept)
+            kv.check(kept, kv_dtype=how)
         self.score(
             kv,
             scorer=scorer,
@@ -234,7 +243,7 @@ class ModelKVzip:
             score_chunk=score_chunk,
             progress=progress,
         )
-        return kv if kept is None else kv.prune(kept)
+        return kv if kept is None else kv.prune(kept, kv_dtype=how)
 
     def extend(
         self,
@@ -246,6 +255,7 @@ class ModelKVzip:
         budget: str | None = None,
         scorer: str | None = None,
         score_chunk: int = reconstruction.CHUNK_SIZE,
+        kv_dtype: str | Quantization | None = None,
         progress: Progress = silent,
     ) -> ContextCache:
         """Read further into a context, compressing while reading; also `kv.extend(context)`.
@@ -261,6 +271,8 @@ class ModelKVzip:
             budget: as in `prefill`.
             scorer: `"reconstruction"` or a surrogate; that of the cache if None.
             score_chunk: as in `prefill`.
+            kv_dtype: quantise all of the cache when the context is read. One that is quantised
+                already stays so, and what is new is quantised like the rest as it is read.
             progress: as in `prefill`.
 
         Returns:
@@ -268,14 +280,16 @@ class ModelKVzip:
 
         Raises:
             KVzipError: if there is nothing to read, positions run out, or the cache holds a
-                conversation, has no scores or retains evicted pairs.
+                conversation, has no scores, retains evicted pairs or cannot be quantised so; and
+                if it kept nothing so far, and no ratio is given.
         """
         self._check(kv)
         how = streaming.Streaming(
-            Budget.of(kv.ratio if ratio is None else ratio),
+            Budget.as_before(kv.ratio) if ratio is None else Budget.of(ratio),
             chunk_size=streaming.CHUNK_SIZE if chunk_size is None else chunk_size,
             budget=streaming.BUDGET if budget is None else budget,
         )
+        kv.check(how.amount, kv_dtype=kv_dtype)
         if isinstance(context, (str, Tensor)):
             pieces: Iterable[Tensor] = [self._context_ids(context)]
             total = sum(map(len, pieces))
@@ -290,7 +304,7 @@ class ModelKVzip:
             max_positions=self.geometry.max_positions,
             progress=progress,
         )
-        return kv
+        return kv if kv_dtype is None else kv.quantize(kv_dtype)
 
     def read(
         self,

@@ -185,7 +185,7 @@ class QuantizedPairs(_Packed):
         if (ours.dtype, ours.groups(head_dim)) != (how.dtype, how.groups(head_dim)):
             raise KVzipError(
                 f"the cache is quantised as {ours}, which does not turn into {how}: prefill again, "
-                "or use kv_type='retain'"
+                "with kv_type='retain' if it is to change"
             )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def extend(
     if kv.retained:
         raise KVzipError("streaming frees what it evicts: use kv_type='evict'")
     if kv.scores is None and kv.document.context_length:
-        raise KVzipError("this cache has no scores: call model.score(kv) before it is extended")
+        raise kv.unscored("extend")
     if total is not None:
         scorer.check(kv, total, min(total, how.chunk_size), max_positions)
     done, largest = 0, -inf

@@ -36,28 +36,32 @@ def append(
         kv_dtype: what the pairs are to be quantised to, None for what the file says.
 
     Raises:
-        KVzipError: if a file is missing or damaged, the .kvz file is another model's or was not
-            scored, or there are no positions left.
+        KVzipError: if a file is missing or damaged, the .kvz file is another model's, was not
+            scored or kept nothing and no ratio is given, or there are no positions left.
     """
     from kvzip.storage import read_header
 
     header = read_header(zipped)
     if header.scorer is None:
-        raise KVzipError(f"{zipped} holds no scores: score its cache, and save it again")
+        raise KVzipError(
+            f"{zipped} holds no scores to go on by: zip the document again, or save a cache that "
+            "was scored before it was pruned or quantised"
+        )
     if kv_dtype is not None and header.kv_dtype not in (None, kv_dtype):
         raise KVzipError(
             f"{zipped} holds {header.kv_dtype} codes, which do not turn into {kv_dtype}: leave out "
             "--kv-dtype"
         )
+    amount = Budget.as_before(header.ratio) if ratio is None else Budget(ratio)
     pieces = Pieces(file)
     opened, kv = open_file(zipped, model, device=device)
-    share = header.ratio if ratio is None else ratio
     return stream(
         opened,
         pieces,
         kv,
-        amount=Budget(share),
+        amount=amount,
         chunk_size=chunk_size,
         budget=budget,
         scorer=scorer,
+        kv_dtype=kv_dtype,
     )

@@ -66,7 +66,8 @@ def open_file(
         device: where to put both.
 
     Raises:
-        KVzipError: if the file is damaged, or the model cannot be had or is another one.
+        KVzipError: if the file is damaged, or the model cannot be had, is another one, or its
+            weights cannot be quantised here as those were that made the file.
     """
     from kvzip import loading, storage
 
@@ -82,5 +83,25 @@ def open_file(
         ) from error
     # what weights are quantised to depends on their dtype
     dtype = origin.dtype if origin.quantization else None
+    if origin.quantization is not None:
+        _check_weights(path, origin.quantization, origin.dtype, device)
     opened = load_model(name, device=device, dtype=dtype, quantization=origin.quantization)
     return opened, opened.load(path)
+
+
+def _check_weights(path: Path, quantization: str, dtype: str, device: str | None) -> None:
+    """Raise KVzipError where weights cannot be quantised as a file asks for."""
+    import torch
+
+    from kvzip import loading, quantized_weights
+
+    if device is not None:
+        check_device(device)
+    where = torch.device(device or loading.default_device())
+    try:
+        quantized_weights.config(quantization, where, getattr(torch, dtype))
+    except KVzipError as error:
+        raise KVzipError(
+            f"{path} opens with weights in {quantization} only, which cannot be had here: open it "
+            f"where they can, or zip the document again with others ({error})"
+        ) from error

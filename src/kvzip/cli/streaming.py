@@ -28,6 +28,7 @@ def read_streaming(
     chunk_size: int | None,
     budget: str,
     scorer: str | None,
+    kv_dtype: str | None,
 ) -> Reading:
     """Load a model and read a document; the arguments are those of the command and of `stream`."""
     pieces = Pieces(file)
@@ -38,7 +39,13 @@ def read_streaming(
         quantization=quantization and quantization.value,
     )
     return stream(
-        loaded, pieces, amount=amount, chunk_size=chunk_size, budget=budget, scorer=scorer
+        loaded,
+        pieces,
+        amount=amount,
+        chunk_size=chunk_size,
+        budget=budget,
+        scorer=scorer,
+        kv_dtype=kv_dtype,
     )
 
 
@@ -51,6 +58,7 @@ def stream(
     chunk_size: int | None,
     budget: str,
     scorer: str | None,
+    kv_dtype: str | None,
 ) -> Reading:
     """Read a document into a cache, chunk after chunk.
 
@@ -62,6 +70,10 @@ def stream(
         chunk_size: tokens that are read, scored and compacted at once, as the library if None.
         budget: see `kvzip.streaming.Streaming`.
         scorer: how to score them, None for as before, or else by reconstruction.
+        kv_dtype: what to quantise all pairs to when the document is read, None to leave them.
+
+    Raises:
+        KVzipError: before anything is read, if they cannot be quantised so.
     """
     from kvzip.cli.timing import timed
     from kvzip.streaming import CHUNK_SIZE, chunks_of
@@ -71,6 +83,8 @@ def stream(
     scored: dict[str, Any] = {} if scorer is None else {"scorer": scorer}
     ids = map(model.prompts.context_ids, pieces)
     tokens, seconds = 0, dict[str, float]()
+    if kv_dtype is not None:
+        (model.begin() if kv is None else kv).check(amount, kv_dtype=kv_dtype)
     shown = warnings_shown()
     timer = timed(seconds, "stream")
     with shown, timer, _peak(model) as held, streaming_bar(pieces.size) as report:
@@ -83,6 +97,9 @@ def stream(
             held.append(kv.nbytes)
             report(pieces.done, tokens, held[-1])
     assert kv is not None, "pieces hold some text"
+    if kv_dtype is not None and kv_dtype != kv.kv_dtype:
+        with timed(seconds, "quantise"):
+            kv.quantize(kv_dtype)
     return Reading(model, kv, max(held), tokens, budget=amount, seconds=seconds)
 
 

@@ -179,16 +179,15 @@ def zip_file(
     check_output(output, overwrite=overwrite)
     if append_to is None or model is not None:
         resolve(model)
+    codes = kv_dtype and kv_dtype.value
     how: dict[str, Any] = {
         "chunk_size": chunk_size,
         "budget": (budget or StreamingBudget.chunk).value,
         "scorer": scorer,
+        "kv_dtype": codes,
     }
-    codes = kv_dtype and kv_dtype.value
     if append_to is not None:
-        read = append(
-            append_to, file, model=model, device=device, ratio=ratio, kv_dtype=codes, **how
-        )
+        read = append(append_to, file, model=model, device=device, ratio=ratio, **how)
     elif streaming:
         read = read_streaming(
             file,
@@ -215,9 +214,6 @@ def zip_file(
         )
     from kvzip.cli.timing import timed
 
-    if codes != read.kv.kv_dtype and codes is not None:
-        with timed(read.seconds, "quantise"):
-            read.kv.quantize(codes)
     with timed(read.seconds, "save"):
         read.kv.save(output.resolve(), overwrite=overwrite)  # a link to a file stays one
     print_report(output, read, as_json=as_json)
