@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 from kvzip.cache import ContextCache
 from kvzip.kernels import Operations
 from kvzip.layers import Tail
+from kvzip.single_token import SingleTokenLinear
 
 Forward = Callable[..., Any]
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -38,20 +39,12 @@ def logits_of(forward: Forward, tokens: Tensor, positions: Tensor, cache: Cache)
     return logits[:, -1]
 
 
-def compile_forward(model: PreTrainedModel) -> Forward:
-    """The forward pass of a model, compiled piece by piece between its attention layers.
-
-    Every layer is compiled for itself, since layers tell the cache which one they are. Tuning
-    replaces products of a matrix and a single token, which libraries do at three quarters of the
-    memory's speed, by kernels that are searched for: it takes most of the time.
-    """
-    compiled = torch.compile(model, dynamic=False, options={"coordinate_descent_tuning": True})
-    layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
-    limits = {"recompile_limit": 8 * layers, "accumulated_recompile_limit": 64 * layers}
+def plain_forward(model: PreTrainedModel) -> Forward:
+    """The forward pass of a model, for steps that are recorded without being compiled."""
 
     def forward(**inputs: Any) -> Any:
-        with torch._dynamo.config.patch(limits):
-            return compiled(**inputs)  # type: ignore[no-untyped-call]
+        with SingleTokenLinear():
+            return model(**inputs)
 
     return forward
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvzip.cache import ContextCache
-from kvzip.graphs import Forward, Step, compile_forward, logits_of, record
+from kvzip.graphs import Forward, Step, logits_of, plain_forward, record
 from kvzip.layers import Tail
 from kvzip.shrinking import Shrinker
+from kvzip.step_compiler import compile_forward
 
 ROUNDING = 256
 """Columns of a recorded tail are a multiple of this, so that most questions find room."""
@@ -26,7 +27,7 @@ class Decoder:
 
     Attributes:
         model: the model.
-        forward: its forward pass for decoding steps, compiled or not.
+        forward: its forward pass for decoding steps that are recorded, compiled or not.
         records: whether decoding steps are recorded as CUDA graphs.
     """
 
@@ -164,4 +165,5 @@ def make_decoder(model: PreTrainedModel, *, records: bool, compiled: bool) -> De
         records: whether to record decoding steps as CUDA graphs.
         compiled: whether to compile what is recorded with `torch.compile`.
     """
-    return Decoder(model, compile_forward(model) if compiled else model, records)
+    forward = compile_forward(model) if compiled else plain_forward(model)
+    return Decoder(model, forward, records)

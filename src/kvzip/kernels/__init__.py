@@ -45,6 +45,8 @@ class Operations:
     repeat_attention: Callable[..., tuple[Tensor, Tensor]]
     compact: Callable[..., tuple[Tensor, Tensor]]
     append: Callable[..., None]
+    matvec: Callable[..., Tensor]
+    gated_matvec: Callable[..., Tensor]
 
 
 REFERENCE = Operations(
@@ -57,6 +59,8 @@ REFERENCE = Operations(
     repeat_attention=reference.repeat_attention,
     compact=reference.compact,
     append=reference.append,
+    matvec=reference.matvec,
+    gated_matvec=reference.gated_matvec,
 )
 
 
@@ -104,6 +108,7 @@ def _triton() -> Operations:
         append,
         chunk_attention,
         compact,
+        matvec,
         reconstruction_score,
         repeat_attention,
         zipped_attention,
@@ -119,6 +124,8 @@ def _triton() -> Operations:
         repeat_attention=_there(repeat_attention.repeat_attention),
         compact=_there(compact.compact),
         append=_there(append.append),
+        matvec=_there(matvec.matvec),
+        gated_matvec=_there(matvec.gated_matvec),
     )
 
 

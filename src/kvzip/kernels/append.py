@@ -3,15 +3,21 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kvzip.kernels.launching import overlaps
 
 
 @triton.jit
 def _append_kernel(
     p_keys, p_values, p_tail_keys, p_tail_values, p_column,
     stride_kb, stride_kh, stride_vb, stride_vh, stride_tb, stride_th, stride_ub, stride_uh,
-    H, D: tl.constexpr, BD: tl.constexpr,
+    H, D: tl.constexpr, EARLY: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Grid: [B * H]."""
+    if EARLY:
+        gdc_wait()  # for key and value
+        gdc_launch_dependents()
     i_b, i_h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -27,9 +33,11 @@ def append(
 ) -> None:
     """See `reference.append`."""
     batch, kv_heads, _, head_dim = keys.shape
+    early = overlaps(keys.device)
     _append_kernel[(batch * kv_heads,)](
         keys, values, tail_keys, tail_values, column,
         *keys.stride()[:2], *values.stride()[:2],
         *tail_keys.stride()[:2], *tail_values.stride()[:2],
-        kv_heads, D=head_dim, BD=triton.next_power_of_2(head_dim), num_warps=1,
+        kv_heads, D=head_dim, EARLY=early, BD=triton.next_power_of_2(head_dim),
+        num_warps=1, launch_pdl=early,
     )  # fmt: skip

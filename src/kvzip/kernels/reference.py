@@ -16,6 +16,7 @@ Half-precision inputs are accumulated in float32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,12 @@ from kvzip.kernels.quantization import QuantizedRows, dequantize
 
 MAX_LOGITS = 2**25
 """Logits held at a time (128 MiB in float32); longer queries are worked off in blocks."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""Of gated MLPs."""
 
 
 def chunk_attention(
@@ -330,6 +337,37 @@ def append(
     """
     tail_keys.index_copy_(2, column, keys)
     tail_values.index_copy_(2, column, values)
+
+
+def matvec(vector: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Linear layers of one token.
+
+    Args:
+        vector: `[..., K]`, of a single row.
+        matrices: `[N_i, K]`, contiguous, in the same dtype.
+        biases: `[N_i]` for each of them, or none at all.
+
+    Returns:
+        `[..., N_1 + N_2 + ...]`.
+    """
+    added: list[Tensor | None] = [*biases] or [None] * len(matrices)
+    each = zip(matrices, added, strict=True)
+    return torch.cat([F.linear(vector, matrix, bias) for matrix, bias in each], dim=-1)
+
+
+def gated_matvec(vector: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """The first two linear layers of a gated MLP and what is between them, of one token.
+
+    Args:
+        vector: `[..., K]`, of a single row.
+        gate: `[N, K]`, contiguous, in the same dtype.
+        up: likewise.
+        activation: name of the gate's activation, one of `ACTIVATIONS`.
+
+    Returns:
+        `[..., N]`.
+    """
+    return ACTIVATIONS[activation](F.linear(vector, gate)) * F.linear(vector, up)
 
 
 def _attend(

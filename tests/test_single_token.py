@@ -1,0 +1,200 @@
+"""Linear layers of one token: found while a model runs, and in the graph that a compiler gets."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from kvzip import single_token
+from kvzip.kernels import reference
+from kvzip.single_token import SingleTokenLinear, suits
+from kvzip.step_compiler import gate_linear, join_linear
+
+
+class Block(nn.Module):
+    """Queries, keys and values as transformers' models have them, and what follows them."""
+
+    def __init__(self, biases=(True, True, True)):
+        super().__init__()
+        self.first = nn.ModuleList(
+            nn.Linear(16, size, bias=bias) for size, bias in zip((8, 4, 4), biases, strict=True)
+        )
+        self.last = nn.Linear(8, 16, bias=False)
+
+    def forward(self, x):
+        q, k, v = (layer(x) for layer in self.first)
+        return self.last(q * torch.cat([k, v], dim=-1).sigmoid()) + x
+
+
+class Stream(Block):
+    """Results that are added to a stream, or to what only looks like one."""
+
+    def forward(self, x):
+        y = x + self.last(x[..., :8])
+        z = self.last(y[..., :8]) + y
+        once = self.last(z[..., :8])
+        twice = once + z
+        return twice * once + (self.last(twice[..., :8]) + 1) + (self.last(z[..., 8:]) + z[0, 0])
+
+
+class Changed(Block):
+    """A token that changes between one layer and the next."""
+
+    def forward(self, x):
+        x = x * 2
+        q = self.first[0](x)
+        x.add_(1)
+        return q + torch.cat([self.first[1](x), self.first[2](x)], dim=-1)
+
+
+class Gated(nn.Module):
+    """An MLP as transformers' models have it, and what only looks like one."""
+
+    def __init__(self, activation, bias=False):
+        super().__init__()
+        self.gate, self.up = (nn.Linear(16, 24, bias=bias) for _ in range(2))
+        self.down = nn.Linear(24, 16, bias=bias)
+        self.activation = activation
+
+    def forward(self, x):
+        return x + self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Twice(Gated):
+    """What a gate lets through is needed twice."""
+
+    def forward(self, x):
+        gate = self.activation(self.gate(x))
+        return (gate * self.up(x)).sum() + gate.sum()
+
+
+@pytest.fixture
+def made():
+    torch.manual_seed(0)
+    return Block().requires_grad_(False)
+
+
+def token(rows=1):
+    return torch.randn(1, rows, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def calls():
+    """How many matrices and biases each call of `matvec` was given; activations of gates."""
+    seen = []
+
+    class Counting:
+        def matvec(self, vector, matrices, biases):
+            seen.append((len(matrices), len(biases)))
+            return reference.matvec(vector, matrices, biases)
+
+        def gated_matvec(self, vector, gate, up, activation):
+            seen.append(activation)
+            return reference.gated_matvec(vector, gate, up, activation)
+
+    with mock.patch.object(single_token, "operations", return_value=Counting()):
+        yield seen
+
+
+def compiled(block):
+    def backend(module, inputs):
+        gate_linear(module.graph)
+        join_linear(module.graph)
+        module.graph.lint()
+        module.recompile()
+        return module.forward
+
+    torch._dynamo.reset()
+    return torch.compile(block, backend=backend, dynamic=False)
+
+
+def test_a_running_model_is_served(made, calls):
+    expected = made(token())
+    with SingleTokenLinear():
+        out = made(token())
+    assert calls == [(1, 1), (1, 1), (1, 1), (1, 0)]
+    torch.testing.assert_close(out, expected)
+    made(token())
+    assert len(calls) == 4
+
+
+def test_more_than_one_token_is_left_alone(made, calls):
+    with SingleTokenLinear():
+        torch.testing.assert_close(made(token(3)), made(token(3)))
+    compiled(made)(token(3))
+    assert calls == []
+
+
+def test_layers_of_one_token_are_joined(made, calls):
+    out = compiled(made)(token())
+    assert calls == [(3, 3), (1, 1)]
+    torch.testing.assert_close(out, made(token()))
+
+
+def test_layers_without_bias_are_not_joined_with_others(calls):
+    block = Block((True, False, True)).requires_grad_(False)
+    out = compiled(block)(token())
+    assert sorted(calls) == [(1, 0), (1, 1), (2, 2)]
+    torch.testing.assert_close(out, block(token()))
+
+
+def test_sums_become_part_of_a_layer(calls):
+    block = Stream().requires_grad_(False)
+    out = compiled(block)(token())
+    assert calls == [(1, 1), (1, 1), (1, 0), (1, 0), (1, 0)]
+    torch.testing.assert_close(out, block(token()))
+
+
+def test_a_token_that_changes_is_read_when_it_was(calls):
+    block = Changed().requires_grad_(False)
+    out = compiled(block)(token())
+    assert calls == [(1, 1)] * 3
+    torch.testing.assert_close(out, block(token()))
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [(nn.SiLU(), "silu"), (ACT2FN["silu"], "silu"), (ACT2FN["gelu_pytorch_tanh"], "gelu_tanh")],
+)
+def test_gates_become_one_call(activation, name, calls):
+    block = Gated(activation).requires_grad_(False)
+    out = compiled(block)(token())
+    assert calls == [name, (1, 1)]
+    torch.testing.assert_close(out, block(token()))
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (Gated(nn.SiLU(), bias=True), [(2, 2), (1, 1)]),
+        (Gated(nn.GELU()), [(2, 0), (1, 1)]),
+        (Gated(nn.ReLU()), [(2, 0), (1, 1)]),
+        (Twice(nn.SiLU()), [(2, 0)]),
+    ],
+    ids=["bias", "exact-gelu", "relu", "needed-twice"],
+)
+def test_other_gates_are_left_alone(block, expected, calls):
+    block.requires_grad_(False)
+    out = compiled(block)(token())
+    assert calls == expected
+    torch.testing.assert_close(out, block(token()))
+
+
+def test_what_does_not_suit():
+    vector, matrix = torch.zeros(1, 1, 8), torch.zeros(4, 8)
+    assert suits(vector, matrix)
+    assert suits(vector, nn.Parameter(matrix))
+    assert not suits(torch.zeros(1, 2, 8), matrix)
+    assert not suits(vector.half(), matrix)
+    assert not suits(vector.double(), matrix.double())
+    assert not suits(vector, torch.zeros(8, 4).T)
+    assert not suits(vector, matrix.as_subclass(type("Quantized", (torch.Tensor,), {})))
+
+
+def test_other_functions_are_passed_on():
+    with SingleTokenLinear():
+        assert F.relu(torch.tensor([-1.0, 1.0])).tolist() == [0, 1]
+        assert torch.zeros(2, dtype=torch.int64).sum() == 0
