@@ -1,15 +1,20 @@
 """Markdown tables of `surrogate_quality.py`, for benchmarks/README.md.
 
-python benchmarks/surrogate_tables.py benchmarks/results/surrogate_quality_cpu.jsonl
+    python benchmarks/surrogate_tables.py benchmarks/results/surrogate_quality_cpu.jsonl
+
+`tests/test_benchmark_tables.py` compares the tables in the README with what this prints.
 """
 
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, quantiles
 from typing import Any
+
+Key = tuple[str, float]
+"""A surrogate and a threshold."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -23,50 +28,50 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def tables(documents: list[dict[str, Any]]) -> Iterator[str]:
-    """Exact answers by ratio and by threshold, shares evicted by family, and times."""
-    by_ratio: dict[str, dict[float, list[int]]] = defaultdict(lambda: defaultdict(list))
-    by_threshold: dict[tuple[str, float], list[int]] = defaultdict(list)
-    evicted: dict[tuple[str, float], dict[str, list[float]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+    """Exact answers and shares evicted by threshold and family, and times."""
+    full: dict[str, list[int]] = defaultdict(list)
+    right: dict[Key, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    evicted: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for document in documents:
+        family = document["family"]
+        full[family] += document["full"]
         for cell in document["cells"]:
-            if "ratio" in cell:
-                by_ratio[cell["way"]][cell["ratio"]] += cell["right"]
-                continue
-            key = (cell["way"], cell["threshold"])
-            by_threshold[key] += cell["right"]
-            evicted[key][document["family"]].append(1 - cell["realised_ratio"])
-    full = by_ratio.pop("full")[1.0]
-    ratios = sorted({ratio for ways in by_ratio.values() for ratio in ways}, reverse=True)
-    title = f"exact answers of {len(full)}, full cache {mean(full):.3f}"
+            key = (cell["scorer"], cell["threshold"])
+            right[key][family] += cell["right"]
+            evicted[key][family].append(cell["evicted"])
+    families = sorted(full, key=[document["family"] for document in documents].index)
+    (asked,) = {len(answers) for answers in full.values()}
     yield _table(
-        [title, *map(str, ratios)],
-        [[way, *(f"{mean(cells[r]):.3f}" for r in ratios)] for way, cells in by_ratio.items()],
+        [f"exact answers, of {asked} a family", "all", *families],
+        [_row("full cache", full, families, "{:.3f}".format)]
+        + [_row(_name(key), by, families, "{:.3f}".format) for key, by in right.items()],
     )
-    shares = {key: [s for own in by.values() for s in own] for key, by in evicted.items()}
-    families = list(dict.fromkeys(document["family"] for document in documents))
     yield _table(
-        ["threshold", "exact answers", "evicted", *families],
-        [
-            [
-                f"{way}, {threshold:g}",
-                f"{mean(answers):.3f}",
-                f"{mean(shares[way, threshold]):.2f}",
-                *(f"{mean(evicted[way, threshold][family]):.2f}" for family in families),
-            ]
-            for (way, threshold), answers in by_threshold.items()
-        ],
+        ["share evicted", "all", *families],
+        [_row(_name(key), by, families, "{:.2f}".format) for key, by in evicted.items()],
     )
-    ways = documents[0]["seconds"]
-    plain = "plain"
-    times = {
-        way: median(d["seconds"][way] / d["seconds"][plain] for d in documents) for way in ways
-    }
-    yield _table(
-        ["time to read and compress", "over plain reading"],
-        [[way, f"{share:.2f}"] for way, share in times.items()],
-    )
+    timed = [document["seconds"] for document in documents if document["seconds"]]
+    title = f"time to read and compress, over plain prefill, {len(timed)} documents"
+    rows = []
+    for way in timed[0]:
+        low, middle, high = quantiles(
+            (seconds[way] / seconds["plain prefill"] for seconds in timed), n=4, method="inclusive"
+        )
+        rows.append([way, f"{middle:.2f}", f"{low:.2f} - {high:.2f}"])
+    yield _table([title, "median", "middle half"], rows[1:])
+
+
+def _name(key: Key) -> str:
+    scorer, threshold = key
+    return f"{scorer}, {threshold:g}"
+
+
+def _row(
+    name: str, by: dict[str, list[Any]], families: list[str], show: Callable[[float], str]
+) -> list[str]:
+    """Means of every family, and the mean of these in front."""
+    means = [mean(by[family]) for family in families]
+    return [name, *map(show, (mean(means), *means))]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -618,6 +618,38 @@ def test_an_mlp_learns_what_a_line_cannot():
     assert shares[1] > 0.85
 
 
+def test_layers_that_are_fitted_together_learn_as_if_alone(monkeypatch):
+    modules, groups = [], []
+    for room in (training.GROUP_BYTES, 2 * 5 * 200 * 8 * 4, 1):
+        monkeypatch.setattr(training, "GROUP_BYTES", room)
+        fit = training.Perceptrons(4, torch.Generator().manual_seed(0))
+        for tokens in synthetic(5, bump, layers=3):
+            fit.add(tokens)
+        done: list[int] = []
+        modules.append(fit.modules(lambda layers, total, done=done: done.append(layers)))
+        groups.append(done)
+    assert groups == [[3], [2, 3], [1, 2, 3]]
+    for together, pairs, alone in zip(*modules, strict=True):
+        parts = zip(together.tensors(), pairs.tensors(), alone.tensors(), strict=True)
+        for one, other, expected in parts:
+            torch.testing.assert_close(one, expected, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(other, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_gradients_are_cut_layer_by_layer():
+    parts = [torch.zeros(2, 3, 4), torch.zeros(2, 1, 3)]
+    for part in parts:
+        part.grad = torch.randn(part.shape)
+        part.grad[1] *= 1e-3
+    before = [part.grad.clone() for part in parts]
+    training._clip_gradients(parts)
+    norm = torch.cat([part[0].flatten() for part in before]).norm()
+    assert norm > 1
+    for part, old in zip(parts, before, strict=True):
+        torch.testing.assert_close(part.grad[0], old[0] / norm)
+        assert torch.equal(part.grad[1], old[1])
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_tokens_are_drawn_with_their_own_scores(kind):
     model, pieces = shared_model(kind), [random_ids(40), random_ids(25, seed=1)]

@@ -52,8 +52,8 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
     width = model.hf_model.config.get_text_config(decoder=True).hidden_size
     with TemporaryDirectory() as folder:
         scorers = {
-            LINEAR: _write_random(model, Path(folder) / "linear", None),
-            MLP: _write_random(model, Path(folder) / "mlp", width // INNER_SHARE),
+            LINEAR: write_random(model, Path(folder) / "linear", None),
+            MLP: write_random(model, Path(folder) / "mlp", width // INNER_SHARE),
         }
         short = ids[: min(CHECKED, len(ids))]
         errors = {name: _error(model, short, scorer) for name, scorer in scorers.items()}
@@ -79,7 +79,7 @@ def _measure(bench: Workbench, subject: Subject) -> Iterator[Record]:
         yield from compare(replace(subject, case=STREAMING), [results[0], streamed])
 
 
-def _write_random(model: ModelKVzip, folder: Path, hidden_dim: int | None) -> str:
+def write_random(model: ModelKVzip, folder: Path, hidden_dim: int | None) -> str:
     """Write a surrogate of a model with random weights; returns its name as a scorer."""
     generator = torch.Generator().manual_seed(0)
     width = model.hf_model.config.get_text_config(decoder=True).hidden_size

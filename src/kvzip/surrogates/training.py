@@ -7,7 +7,8 @@ is fitted to them is, for each layer that is scored,
 - `linear`: ridge regression in closed form. Only X'X and X'Y are held, in float64, so that memory
   does not grow with the text;
 - `mlp`: linear, GELU, linear, by gradient descent on the mean squared error. All tokens drawn are
-  held on the CPU, in the model's dtype.
+  held on the CPU, in the model's dtype, and those of a few layers at a time where these run: the
+  layers of such a group take their steps together, each as if alone.
 
 Some pieces are held out. How much of the variance of their log-scores is explained (R squared)
 says how good a surrogate is.
@@ -19,7 +20,7 @@ from math import ceil
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvzip.cache import ContextCache
 from kvzip.errors import KVzipError
@@ -43,6 +44,11 @@ LEAST_SCORE = 1e-12
 PENALTY = 1.0
 """Of ridge regression, on the squared weights; the bias is free."""
 EPOCHS, BATCH, LEARNING_RATE = 15, 512, 5e-3
+LARGEST_GRADIENT = 1.0
+"""Norm that a layer's gradient is cut to."""
+GROUP_BYTES, GROUP_SHARE = 2**30, 1 / 8
+"""Attention inputs of layers that are fitted together take so many bytes on a CPU at most, and such
+a share of a GPU's memory, where starting a step takes longer than taking it with a single layer."""
 
 SCORING, FITTING, CHECKING = "score", "fit", "check"
 """Stages, as `progress` hears of them."""
@@ -154,10 +160,11 @@ def draw(
 def _read(model: ModelKVzip, piece: Tensor, rows: Tensor) -> tuple[list[Tensor], ContextCache]:
     """Read a piece in one go, and hold the attention inputs of some of its tokens."""
     p = len(model.prompts.prefix_ids())
+    places = (p + rows).to(model.hf_model.device)  # once: a copy from the host waits for the device
     hidden: dict[int, Tensor] = {}
 
     def see(index: int, states: Tensor) -> None:
-        hidden[index] = states[0, p + rows.to(states.device)]
+        hidden[index] = states[0, places.to(states.device)]
 
     with observed_hidden_states(model.hf_model, see):
         kv = model.read(piece, chunk_size=p + len(piece))
@@ -168,18 +175,18 @@ class Ridge:
     """Ridge regression of every layer, from running sums in float64."""
 
     def __init__(self) -> None:
-        self._sums: list[tuple[Tensor, Tensor]] = []
+        self._sums: list[tuple[Tensor, Tensor]] = []  # X'X and X'Y of each layer
 
     def add(self, tokens: Drawn) -> None:
         """Take note of tokens."""
-        pairs = zip(tokens.hidden, tokens.log_scores, strict=True)
-        new = [_products(*pair) for pair in pairs]
-        if self._sums:
-            for sums, more in zip(self._sums, new, strict=True):
-                for total, part in zip(sums, more, strict=True):
-                    total += part
-        else:
-            self._sums = new
+        if not self._sums:
+            self._sums = [_no_products(part, tokens.log_scores) for part in tokens.hidden]
+        scores = tokens.log_scores.to(tokens.hidden[0].device)  # in one go, see `_read`
+        layers = zip(self._sums, tokens.hidden, scores, strict=True)
+        for (square, cross), hidden, log_scores in layers:
+            rows = F.pad(hidden.double(), (0, 1), value=1.0)
+            square.addmm_(rows.T, rows)
+            cross.addmm_(rows.T, log_scores.to(rows))
 
     def modules(self, progress: Callable[[int, int], None]) -> list[Module]:
         """The linear modules that fit best."""
@@ -193,10 +200,11 @@ class Ridge:
         return found
 
 
-def _products(hidden: Tensor, log_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """X'X `[d + 1, d + 1]` and X'Y `[d + 1, H]`, with a column of ones behind those of X."""
-    rows = F.pad(hidden.double(), (0, 1), value=1.0)
-    return rows.T @ rows, rows.T @ log_scores.to(rows)
+def _no_products(hidden: Tensor, log_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """X'X `[d + 1, d + 1]` and X'Y `[d + 1, H]` of no rows; a column of ones ends those of X."""
+    width = hidden.shape[1] + 1
+    square = hidden.new_zeros(width, width, dtype=torch.float64)
+    return square, square.new_zeros(width, log_scores.shape[-1])
 
 
 class Perceptrons:
@@ -220,59 +228,117 @@ class Perceptrons:
 
     def modules(self, progress: Callable[[int, int], None]) -> list[Module]:
         """The MLPs that were fitted."""
-        found = []
-        for layer, device in enumerate(self._devices):
-            hidden = torch.cat([tokens.hidden[layer] for tokens in self._tokens]).to(device)
-            scores = torch.cat([tokens.log_scores[layer] for tokens in self._tokens]).to(device)
-            found.append(self._fit(hidden, scores))
+        found: list[Module] = []
+        while len(found) < len(self._devices):
+            group = self._group(len(found))
+            found += self._fit(*self._gathered(group))
             progress(len(found), len(self._devices))
         return found
 
-    def _fit(self, hidden: Tensor, scores: Tensor) -> Module:
+    def _group(self, first: int) -> range:
+        """Layers from `first` on whose tokens one device can hold at once; one at least."""
+        size = sum(tokens.hidden[first].nbytes for tokens in self._tokens)
+        last = first + max(1, _room(self._devices[first]) // size)
+        layers = range(first, min(last, len(self._devices)))
+        elsewhere = (layer for layer in layers if self._devices[layer] != self._devices[first])
+        return range(first, next(elsewhere, layers.stop))
+
+    def _gathered(self, group: range) -> tuple[Tensor, Tensor]:
+        """Attention inputs `[l, k, d]` and log-scores `[l, k, H]` of layers, on their device."""
+        device, example = self._devices[group.start], self._tokens[0]
+        count = sum(tokens.log_scores.shape[1] for tokens in self._tokens)
+        width, heads = example.hidden[group.start].shape[1], example.log_scores.shape[2]
+        hidden = torch.empty(len(group), count, width, dtype=example.hidden[0].dtype, device=device)
+        scores = torch.empty(len(group), count, heads, device=device)
+        end = 0
+        for tokens in self._tokens:
+            start, end = end, end + tokens.log_scores.shape[1]
+            scores[:, start:end] = tokens.log_scores[group.start : group.stop]
+            for place, layer in enumerate(group):
+                hidden[place, start:end] = tokens.hidden[layer]
+        return hidden, scores
+
+    def _fit(self, hidden: Tensor, scores: Tensor) -> list[Module]:
         """Fit with inputs and outputs scaled to mean 0 and variance 1; the weights undo that."""
+        layers, count, width = hidden.shape
         mean, deviation = _moments(hidden)
         score_mean, score_deviation = _moments(scores)
-        inner = self._linear(hidden.shape[1], self._hidden_dim, hidden.device)
-        outer = self._linear(self._hidden_dim, scores.shape[1], hidden.device)
-        network = nn.Sequential(inner, nn.GELU(), outer)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-        steps = EPOCHS * ceil(len(hidden) / BATCH)
+        starts, orders = [], []
+        for _ in range(layers):
+            inner = self._linear(width, self._hidden_dim)
+            starts.append((*inner, *self._linear(self._hidden_dim, scores.shape[2])))
+            orders.append(self._order(count))
+        parameters = [
+            torch.stack(parts).to(hidden.device).requires_grad_()
+            for parts in zip(*starts, strict=True)
+        ]
+        inner_weight, inner_bias, weight, bias = parameters
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+        steps = EPOCHS * ceil(count / BATCH)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for batch in self._batches(len(hidden)):
-            rows = batch.to(hidden.device)
-            inputs = (hidden[rows].float() - mean) / deviation
-            targets = (scores[rows] - score_mean) / score_deviation
-            F.mse_loss(network(inputs), targets).backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        places = torch.arange(layers, device=hidden.device)[:, None]
+        for epoch in torch.stack(orders, dim=1):
+            for rows in epoch.to(hidden.device).split(BATCH, dim=1):
+                inputs = (hidden[places, rows].float() - mean) / deviation
+                targets = (scores[places, rows] - score_mean) / score_deviation
+                inside = F.gelu(torch.baddbmm(inner_bias, inputs, inner_weight.mT))
+                missed = torch.baddbmm(bias, inside, weight.mT) - targets
+                missed.square().mean((1, 2)).sum().backward()
+                _clip_gradients(parameters)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
         with torch.no_grad():
-            inner_weight = inner.weight / deviation
+            unscaled = inner_weight / deviation
             parts = (
-                outer.weight * score_deviation[:, None],
-                outer.bias * score_deviation + score_mean,
-                inner_weight,
-                inner.bias - inner_weight @ mean,
+                weight * score_deviation.mT,
+                bias * score_deviation + score_mean,
+                unscaled,
+                inner_bias - mean @ unscaled.mT,
             )
-            return Module(*(part.cpu() for part in parts))
+            whole = [part.cpu() for part in parts]
+        return [
+            Module(w.clone(), b[0].clone(), inner_w.clone(), inner_b[0].clone())
+            for w, b, inner_w, inner_b in zip(*whole, strict=True)
+        ]
 
-    def _batches(self, rows: int) -> Iterator[Tensor]:
-        for _ in range(EPOCHS):
-            yield from torch.randperm(rows, generator=self._generator).split(BATCH)
+    def _order(self, rows: int) -> Tensor:
+        """The order of rows in each epoch, `[EPOCHS, rows]`."""
+        orders = [torch.randperm(rows, generator=self._generator) for _ in range(EPOCHS)]
+        return torch.stack(orders)
 
-    def _linear(self, width: int, out: int, device: torch.device) -> nn.Linear:
-        """A linear map with random weights of the usual size."""
-        linear = nn.Linear(width, out)
-        with torch.no_grad():
-            for parameter in linear.parameters():
-                parameter.uniform_(-(width**-0.5), width**-0.5, generator=self._generator)
-        return linear.to(device)
+    def _linear(self, width: int, out: int) -> tuple[Tensor, Tensor]:
+        """Weight `[out, width]` and bias `[1, out]` of a linear map, random, of the usual size."""
+        bound = width**-0.5
+        weight, bias = torch.empty(out, width), torch.empty(1, out)
+        for part in (weight, bias):
+            part.uniform_(-bound, bound, generator=self._generator)
+        return weight, bias
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that the tokens of a group may take on a device, whatever else is held there."""
+    if device.type != "cuda":
+        return GROUP_BYTES
+    return int(GROUP_SHARE * torch.cuda.get_device_properties(device).total_memory)
+
+
+def _clip_gradients(parameters: Sequence[Tensor]) -> None:
+    """Cut the gradient of each layer, the first dimension of every parameter, to its norm."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    factors = (LARGEST_GRADIENT / (norms + 1e-6)).clamp_max(1)[:, None, None]
+    for gradient in gradients:
+        gradient *= factors
 
 
 def _moments(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each column, float32; a constant's deviation is 1."""
-    deviation, mean = torch.std_mean(columns.float(), dim=0, correction=0)
+    """Mean and standard deviation `[l, 1, d]` of the columns of `[l, k, d]`, float32.
+
+    Layers are worked off one by one. A constant's deviation is 1.
+    """
+    moments = [torch.std_mean(part.float(), 0, correction=0, keepdim=True) for part in columns]
+    deviation, mean = map(torch.stack, zip(*moments, strict=True))
     return mean, torch.where(deviation > 0, deviation, 1.0)
 
 
@@ -283,6 +349,8 @@ def explained(modules: Sequence[Module], tokens: Iterable[Drawn]) -> list[float]
     """
     sums = torch.zeros(len(modules), 4, 1, dtype=torch.float64)
     for drawn in tokens:
+        pairs = zip(modules, drawn.hidden, strict=True)
+        modules = [module.to(part.device, part.dtype) for module, part in pairs]  # copied once
         triples = zip(modules, drawn.hidden, drawn.log_scores, strict=True)
         sums = sums + torch.stack([_sums(*triple) for triple in triples])
     missed, count, first, second = sums.unbind(1)
@@ -292,7 +360,7 @@ def explained(modules: Sequence[Module], tokens: Iterable[Drawn]) -> list[float]
 
 def _sums(module: Module, hidden: Tensor, log_scores: Tensor) -> Tensor:
     """`[4, H]`, float64: squared errors, number, sum and sum of squares of one layer's scores."""
-    predicted = module.to(hidden.device, hidden.dtype)(hidden).cpu().double()
+    predicted = module(hidden).cpu().double()
     scores = log_scores.double()
     missed = (predicted - scores).square().sum(0)
     count = torch.full_like(missed, len(scores))

@@ -1,0 +1,66 @@
+"""The scripts for a GPU in benchmarks/, tried on a CPU with a tiny model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvzip.surrogates.kvzap import Module
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import long_generation_gpu
+import surrogate_training
+
+TINY = ["--geometry", "tiny", "--device", "cpu"]
+
+
+def lines(script, arguments: list[str], monkeypatch, capsys) -> list[dict]:
+    """What a script prints."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *TINY, *arguments])
+    script.main()
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_training_is_timed_stage_by_stage(monkeypatch, capsys):
+    arguments = ["--samples", "5", "--piece", "120", "--drawn", "40"]
+    linear, mlp = lines(surrogate_training, arguments, monkeypatch, capsys)
+    assert (linear["kind"], linear["hidden_dim"]) == ("linear", None)
+    assert (mlp["kind"], mlp["hidden_dim"]) == ("mlp", 64 // 8)
+    for line in (linear, mlp):
+        assert [*line["seconds"]] == ["score", "fit", "check"]
+        assert min(line["seconds"].values()) > 0
+        assert (line["samples_fitted"], line["samples_held_out"]) == (4, 1)
+        assert line["tokens_fitted"] == 160
+
+
+def test_long_answers_shrink_as_often_as_their_blocks_fill(monkeypatch, capsys):
+    arguments = ["--context", "200", "--tokens", "1300"]
+    whole, shrunk = lines(long_generation_gpu, arguments, monkeypatch, capsys)
+    assert whole["first_tokens_that_agree"] == long_generation_gpu.CHECKED
+    assert whole["new_tokens"] == shrunk["new_tokens"] == 1300
+    assert (whole["shrink"], shrunk["shrink"]) == (None, 0.3)
+    assert shrunk["blocks"] == 2  # when 640 and when 1,152 tokens stand behind the context
+    first, second = shrunk["bytes_of_context_copy_and_kept"]
+    assert second - first == int(0.3 * 2 * 2 * 512) * 2 * 16 * 4  # of 2 layers, 2 heads of 16
+
+
+def test_what_a_block_took_is_taken_apart():
+    class Cache:
+        seen_tokens, nbytes = 100, 7
+
+    gaps = [0.01] * 20
+    gaps[9] = 0.31  # behind the new token number 9, counted from 0
+    shrinker = long_generation_gpu.TimedShrinker(None, None, None, [0.2], [100 + 4 + 9], [5])
+    found = long_generation_gpu.stalls(shrinker, Cache(), 4, gaps, 0.01)
+    assert found["blocks"] == 1
+    assert found["seconds_to_record"] == [pytest.approx(0.1)]
+
+
+def test_nothing_is_printed_of_a_surrogate_that_is_not_finite():
+    module = Module(torch.tensor([[torch.nan]]), torch.zeros(1))
+    trained = surrogate_training.Trained([module], [0.0], 1, 1, 1)
+    with pytest.raises(SystemExit, match="no figure"):
+        surrogate_training.refuse_what_is_not_finite(trained)
