@@ -19,10 +19,12 @@ from kvzip.benchmarks import (
     decode_step,
     geometries,
     growth,
+    matvec,
     quantized_attention,
     read_context,
     reconstruction_score,
     shared_batch,
+    sliding_layers,
     stream,
     zipped_attention,
 )
@@ -60,12 +62,15 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
         dense(records),
         scoring(records),
         compaction(records),
+        single_token(records),
         reading(records),
         memory(records),
         quantised(records),
         streaming(records),
         growing(records),
         grown(records),
+        sliding(records),
+        sliding_once(records),
     )
     yield from filter(None, made)
 
@@ -284,6 +289,17 @@ def compaction(records: Sequence[Record]) -> str:
     )
 
 
+def single_token(records: Sequence[Record]) -> str:
+    rows = []
+    for subject, by in _subjects(records, matvec.NAME):
+        least, ours = _seconds(by[matvec.CEILING]), _seconds(by[OURS])
+        rows.append(
+            [subject.geometry, subject.case, _micro(least), _micro(ours), f"{least / ours:.1%}"]
+            + [_beside(by[matvec.LINEAR], ours)]
+        )
+    return _table("geometry | linear layers of one token | ceiling | kvzip | share | torch", rows)
+
+
 def reading(records: Sequence[Record]) -> str:
     stages = (read_context.PREFILL, read_context.SCORING, read_context.BOTH)
     rows = []
@@ -301,10 +317,7 @@ def memory(records: Sequence[Record]) -> str:
     for _, by in _subjects(records, read_context.NAME):
         for record in by.values():
             if record.contender not in (OURS, read_context.PUBLISHED):
-                value = figure(record.median, record.unit)
-                if record.ratio_to is not None:
-                    value += f", {record.ratio_to:.1%} of {record.compared_with}"
-                rows.append([record.contender, value])
+                rows.append([record.contender, _with_share(record)])
     return _table("128k context, taken once |", rows)
 
 
@@ -397,10 +410,49 @@ def grown(records: Sequence[Record]) -> str:
     for subject, by in _subjects(records, growth.NAME):
         for record in by.values():
             if subject.case != growth.CASE:
-                value = figure(record.median, record.unit)
-                if record.ratio_to is not None:
-                    value += f", {record.ratio_to:.1%} of {record.compared_with}"
-                rows.append([f"{subject.context:,} tokens: {record.contender}", value])
+                name = f"{subject.context:,} tokens: {record.contender}"
+                rows.append([name, _with_share(record)])
+    return _table("taken once |", rows)
+
+
+def sliding(records: Sequence[Record]) -> str:
+    rows = []
+    for subject, by in _subjects(records, sliding_layers.NAME):
+        if subject.case != sliding_layers.STEP:
+            continue
+        least, least_full = (
+            _seconds(by[name])
+            for name in (sliding_layers.CEILING_ZIPPED, sliding_layers.CEILING_FULL)
+        )
+        dynamic = _seconds(by[sliding_layers.DYNAMIC])
+        for record in by.values():
+            if record.unit == "s":
+                seconds = _seconds(record)
+                measured = record.outputs_error is not None
+                reachable = least if record.contender == sliding_layers.ZIPPED else least_full
+                rows.append(
+                    [
+                        subject.geometry,
+                        record.contender,
+                        f"{seconds * 1e3:.2f}",
+                        _spread(record),
+                        f"{reachable / seconds:.1%}" if measured else "",
+                        f"{dynamic / seconds:.2f}" if measured else "",
+                        _error(record),
+                    ]
+                )
+    return _table(
+        "geometry | a step | ms | p10 - p90 | share of its ceiling | times DynamicCache | error",
+        rows,
+    )
+
+
+def sliding_once(records: Sequence[Record]) -> str:
+    rows = []
+    for subject, by in _subjects(records, sliding_layers.NAME):
+        for record in by.values():
+            if subject.case != sliding_layers.STEP:
+                rows.append([f"{subject.geometry}: {record.contender}", _with_share(record)])
     return _table("taken once |", rows)
 
 
@@ -433,6 +485,14 @@ def _micro(seconds: float) -> str:
 def _beside(other: Record, ours: float) -> str:
     """Microseconds of another contender, and how many times as fast kvzip is."""
     return f"{_micro(_seconds(other))} ({_seconds(other) / ours:.2f}x)"
+
+
+def _with_share(record: Record) -> str:
+    """A figure, and what share of another it is."""
+    value = figure(record.median, record.unit)
+    if record.ratio_to is None:
+        return value
+    return f"{value}, {record.ratio_to:.1%} of {record.compared_with}"
 
 
 def _spread(record: Record, digits: int = 2) -> str:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from io import StringIO
-from math import floor
+from math import floor, isnan
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from kvzip.benchmarks import (
     decode_step,
     geometries,
     published,
+    sliding_layers,
     suite,
     tokens,
     zipped_attention,
@@ -31,6 +32,7 @@ from kvzip.kernels import reference
 from kvzip.kernels.logits import Logits
 
 TINY = Plan(geometries=("tiny",), contexts=(96,), ratios=(0.5,))
+TINY_GEMMA3 = replace(TINY, geometries=("tiny-gemma3",))
 SUBJECT = Subject("section", "tiny")
 CPU = torch.device("cpu")
 
@@ -49,9 +51,13 @@ def run(
     return records, text.getvalue()
 
 
-@pytest.mark.parametrize("section", suite.SECTIONS)
-def test_every_section_measures(section: str) -> None:
-    records, text = run(section)
+@pytest.mark.parametrize(
+    ("section", "plan"),
+    [(name, TINY) for name in suite.SECTIONS if name != sliding_layers.NAME]
+    + [(name, TINY_GEMMA3) for name in suite.SECTIONS if name not in suite.FULL_ATTENTION],
+)
+def test_every_section_measures(section: str, plan: Plan) -> None:
+    records, text = run(section, bench=suite.make_workbench(plan))
     assert section in text
     assert records
     for record in records:
@@ -201,11 +207,128 @@ def test_published_shapes(name: str) -> None:
     with torch.device("meta"):
         model = geometries.AutoModelForCausalLM.from_config(geometry.config(4096))
     billions = sum(p.numel() for p in model.parameters()) / 1e9
-    expected = {"llama3.1-8b": 8.03, "qwen2.5-7b": 7.62, "qwen3-8b": 8.19, "tiny": 0.0}
+    expected = {
+        "llama3.1-8b": 8.03, "qwen2.5-7b": 7.62, "qwen3-8b": 8.19, "tiny": 0.0,
+        "gemma3-4b": 3.88, "gemma3-12b": 11.77, "tiny-gemma3": 0.0,
+    }  # fmt: skip
     assert billions == pytest.approx(expected[name], abs=0.01)
     read, held = decode_step.weight_bytes(model)
     embeddings = geometry.vocabulary * geometry.hidden * model.dtype.itemsize
-    assert held - read == embeddings
+    assert held - read == (0 if geometries.slides(name) else embeddings)
+
+
+@pytest.mark.parametrize("name", [*geometries.SLIDING, geometries.TINY_GEMMA3])
+def test_every_sixth_layer_has_full_attention(name: str) -> None:
+    geometry = geometries.find(name)
+    for _ in range(2):  # a config leaves the geometry as it is
+        config = geometry.config(131_072)
+        types = ["sliding_attention"] * 5 + ["full_attention"]
+        assert config.layer_types == (types * 8)[: geometry.layers]
+        assert config.rope_parameters["full_attention"]["factor"] == 8.0
+        assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000.0
+        assert "factor" not in config.rope_parameters["sliding_attention"]
+    with torch.device("meta"):
+        model = geometries.AutoModelForCausalLM.from_config(config)
+    layers = [layer.self_attn for layer in model.model.layers]
+    assert {layer.scaling for layer in layers} == {geometry.head_dim**-0.5}
+    windows = [layer.sliding_window for layer in layers[4:6]]
+    assert windows == [32 if name == geometries.TINY_GEMMA3 else 1024, None]
+
+
+def test_sections_measure_the_same_shapes_as_ever() -> None:
+    assert geometries.MEASURED == ("llama3.1-8b", "qwen2.5-7b", "qwen3-8b")
+    assert geometries.SLIDING == ("gemma3-4b", "gemma3-12b")
+    assert sliding_layers.NAME not in suite.USUAL
+
+
+def test_a_copy_for_transformers_holds_what_transformers_would() -> None:
+    bench = suite.make_workbench(TINY_GEMMA3)
+    model, stock = bench.model("tiny-gemma3"), bench.hf_model("tiny-gemma3")
+    kv = model.read(bench.tokens(96))
+    expected = sliding_layers.DynamicCache(config=stock.config)
+    with torch.no_grad():
+        stock(kv.document.token_ids[None], past_key_values=expected)
+    cache = sliding_layers.dynamic_cache(stock, kv)
+    lengths = {layer.keys.shape[2] for layer in cache.layers}
+    assert lengths == {31, len(kv.document.token_ids)}
+    for mine, theirs in zip(cache.layers, expected.layers, strict=True):
+        assert mine.get_seq_length() == theirs.get_seq_length() == len(kv.document.token_ids)
+        torch.testing.assert_close(mine.keys, theirs.keys)
+        torch.testing.assert_close(mine.values, theirs.values)
+
+
+def test_answers_of_transformers_begin_anew() -> None:
+    bench = suite.make_workbench(TINY_GEMMA3)
+    model = bench.model("tiny-gemma3")
+    kv, query = model.read(bench.tokens(96)), bench.tokens(5, seed=1)
+    stock = bench.hf_model("tiny-gemma3")
+    way = sliding_layers._dynamic(stock, model, kv, query)
+    first = way.decode(6).tokens
+    assert way.decode(6).tokens == first
+    assert len(first) == 6
+
+
+def test_heads_keep_the_lengths_that_are_made_up() -> None:
+    bench = suite.make_workbench(TINY_GEMMA3)
+    kv = bench.model("tiny-gemma3").read(bench.tokens(97))
+    kv.scores = sliding_layers.spread_scores(bench, kv, 0.3)
+    kept = kv.prune(0.3).kept.sum(-1)
+    lengths = torch.tensor([head_lengths(97, 2, 0.3, seed=layer) for layer in range(len(kept))])
+    assert torch.equal(kept, lengths)
+
+
+def test_what_the_allocator_holds_less_after_prune_is_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = suite.make_workbench(TINY_GEMMA3)
+    kv = bench.model("tiny-gemma3").read(bench.tokens(96))
+    kv.scores = sliding_layers.spread_scores(bench, kv, 0.5)
+    full = kv.nbytes
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: kv.nbytes)
+    subject = Subject(sliding_layers.NAME, "tiny-gemma3", 96, 0.5)
+    before, after, freed = sliding_layers._prune(bench, subject, kv)
+    assert before.median == full
+    assert after.median == kv.nbytes
+    pair = 2 * 16 * 4  # bytes: keys and values of 16 dimensions in float32
+    assert freed.median == before.median - after.median == 96 * pair  # half of two heads
+    assert freed.ratio_to == 0.5
+
+
+def test_other_pairs_show_in_the_logits() -> None:
+    bench = suite.make_workbench(TINY_GEMMA3)
+    model, query = bench.model("tiny-gemma3"), bench.tokens(5, seed=1)
+    kv = model.read(bench.tokens(96))
+    kv.scores = sliding_layers.spread_scores(bench, kv, 0.3)
+    own = sliding_layers._kvzip(model, kv, query, 0.0)
+    assert own.error(model.hf_model, 4) < 1e-5
+    nothing = replace(own, judge=lambda answered: torch.full((4, 2048), torch.nan))
+    assert isnan(nothing.error(model.hf_model, 4))
+    for other in (kv.fork().prune(0.3), model.read(bench.tokens(96, seed=2))):
+        judge = sliding_layers._kvzip(model, other, query, 0.0).judge
+        assert replace(own, judge=judge).error(model.hf_model, 4) > sliding_layers.TOLERANCE
+
+
+@pytest.mark.parametrize("error", [0.5, torch.nan])
+def test_a_context_that_is_read_wrongly_leaves_no_figure(
+    error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sliding_layers, "reading_error", lambda *args: error)
+    records, _ = run(sliding_layers.NAME, bench=suite.make_workbench(TINY_GEMMA3))
+    figures = {r.contender: r.median for r in records if r.outputs_error is not None}
+    assert figures[sliding_layers.ZIPPED] is figures[sliding_layers.FULL] is None
+    assert figures[sliding_layers.DYNAMIC] is not None
+
+
+def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(sliding_layers, "dynamic_cache", broken)
+    records, _ = run(sliding_layers.NAME, bench=suite.make_workbench(TINY_GEMMA3))
+    failed = [r for r in records if r.unit == "error"]
+    assert [r.contender for r in failed] == [sliding_layers.DYNAMIC]
+    beside = {r.compared_with for r in records if r.contender == sliding_layers.ZIPPED}
+    assert beside == {sliding_layers.CEILING_ZIPPED, sliding_layers.FULL}
 
 
 def test_contenders_take_turns() -> None:
@@ -233,6 +356,16 @@ def test_targets_are_read_from_the_lines() -> None:
     [
         (["--geometry", "gpt-2"], "unknown geometry 'gpt-2': choose among llama3.1-8b"),
         (["--geometry", "tiny", "--only", "speed"], "unknown benchmark 'speed': choose among"),
+        (
+            ["--geometry", "tiny-gemma3"],
+            "decode_step measures models whose every layer has full attention, and most layers of "
+            "tiny-gemma3 slide: choose sections among ceilings, zipped_attention",
+        ),
+        (
+            ["--geometry", "tiny", "--only", "sliding_layers"],
+            "sliding_layers measures models with sliding layers, and tiny has none: choose among "
+            "gemma3-4b, gemma3-12b, tiny-gemma3",
+        ),
         (["--context", "many"], "--context takes numbers with commas between: got 'many'"),
         (["--context", "-5"], "--context takes positive numbers: got '-5'"),
         (["--ratio", "2"], "ratio is the share of pairs to keep, in (0, 1]: got 2.0"),

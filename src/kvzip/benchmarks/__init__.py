@@ -10,5 +10,5 @@
     targets.py      the figures to reach
 
 The other files are the sections: one an operation, with the stem of its file in `kernels`, and
-`decode_step`, `shared_batch` and `read_context` for the whole model.
+`decode_step`, `shared_batch`, `read_context` and `sliding_layers`, among others, for whole models.
 """

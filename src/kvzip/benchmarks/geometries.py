@@ -46,23 +46,50 @@ class Geometry:
 
     def config(self, positions: int) -> PreTrainedConfig:
         """A transformers config for contexts of so many positions."""
-        return AutoConfig.for_model(
-            self.model_type,
-            num_hidden_layers=self.layers,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_attention_heads=self.query_heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=positions,
-            rope_parameters=dict(self.rope),
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=self.end_token,
-            pad_token_id=None,
-            initializer_range=STD,
-        )
+        return AutoConfig.for_model(self.model_type, **self.settings(positions))
+
+    def settings(self, positions: int) -> dict[str, Any]:
+        """What the config says."""
+        return {
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.query_heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": positions,
+            "rope_parameters": copy.deepcopy(self.rope),  # configs write into it
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": self.end_token,
+            "pad_token_id": None,
+            "initializer_range": STD,
+        }
+
+
+@dataclass(frozen=True)
+class SlidingGeometry(Geometry):
+    """The shape of a Gemma 3 model: every sixth layer has full attention, the others slide.
+
+    Input and output embeddings are one. Logits are scaled by `head_dim ** -0.5`.
+
+    Attributes:
+        window: tokens that a query of a sliding layer sees, its own included.
+    """
+
+    window: int
+
+    def settings(self, positions: int) -> dict[str, Any]:
+        """What the config says."""
+        full, sliding = "full_attention", "sliding_attention"
+        return {
+            **super().settings(positions),
+            "sliding_window": self.window,
+            "layer_types": [sliding if (i + 1) % 6 else full for i in range(self.layers)],
+            "query_pre_attn_scalar": self.head_dim,
+            "tie_word_embeddings": True,
+        }
 
 
 LLAMA3_ROPE = {
@@ -74,7 +101,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
-TINY = "tiny"
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+
+TINY, TINY_GEMMA3 = "tiny", "tiny-gemma3"
+ON_CPU = (TINY, TINY_GEMMA3)
+"""Shapes that show on a CPU that everything runs."""
 
 GEOMETRIES = {
     "llama3.1-8b": Geometry(
@@ -92,6 +126,15 @@ GEOMETRIES = {
         "llama", 2, 64, 96, 4, 2, 16, 2048,
         {"rope_type": "default", "rope_theta": 10_000.0}, end_token=1,
     ),
+    "gemma3-4b": SlidingGeometry(
+        "gemma3_text", 34, 2560, 10240, 8, 4, 256, 262_208, GEMMA3_ROPE, end_token=1, window=1024
+    ),
+    "gemma3-12b": SlidingGeometry(
+        "gemma3_text", 48, 3840, 15360, 16, 8, 256, 262_208, GEMMA3_ROPE, end_token=1, window=1024
+    ),
+    TINY_GEMMA3: SlidingGeometry(
+        "gemma3_text", 7, 64, 96, 4, 2, 16, 2048, GEMMA3_ROPE, end_token=1, window=32
+    ),
 }  # fmt: skip
 
 
@@ -104,6 +147,22 @@ def find(name: str) -> Geometry:
     if name not in GEOMETRIES:
         raise KVzipError(f"unknown geometry {name!r}: choose among {', '.join(GEOMETRIES)}")
     return GEOMETRIES[name]
+
+
+def slides(name: str) -> bool:
+    """Whether most layers of a geometry see a window only.
+
+    Raises:
+        KVzipError: for an unknown name.
+    """
+    return isinstance(find(name), SlidingGeometry)
+
+
+MEASURED, SLIDING = (
+    tuple(name for name in GEOMETRIES if name not in ON_CPU and slides(name) == sliding)
+    for sliding in (False, True)
+)
+"""What sections measure unless told otherwise, and what `sliding_layers` does."""
 
 
 @torch.no_grad()

@@ -18,10 +18,12 @@ from kvzip.benchmarks import (
     decode_step,
     geometries,
     growth,
+    matvec,
     quantized_attention,
     read_context,
     reconstruction_score,
     shared_batch,
+    sliding_layers,
     stream,
     surrogate,
     zipped_attention,
@@ -42,42 +44,57 @@ SECTIONS: Mapping[str, Callable[[Workbench], Iterator[Case]]] = {
         chunk_attention,
         reconstruction_score,
         compact,
+        matvec,
         decode_step,
         shared_batch,
         read_context,
         stream,
         surrogate,
         growth,
+        sliding_layers,
     )
 }
 
-USUAL = tuple(name for name in SECTIONS if name != growth.NAME)
-"""What runs if no section is asked for: `growth` alone takes longer than all of them."""
+ASKED_FOR = (growth.NAME, sliding_layers.NAME)
+"""What runs only if it is asked for: `growth` alone takes longer than all others, and
+`sliding_layers` is about other models."""
+
+USUAL = tuple(name for name in SECTIONS if name not in ASKED_FOR)
+"""What runs if no section is asked for."""
+
+FULL_ATTENTION = (
+    decode_step.NAME,
+    shared_batch.NAME,
+    read_context.NAME,
+    stream.NAME,
+    growth.NAME,
+)
+"""Sections whose caches or contenders have layers with full attention only."""
 
 SAME_RUN = ("device", "commit", "kvzip", "torch", "transformers", "triton", "python")
 """What the lines of a file must share to be read together."""
 
 TINY_CONTEXTS, TINY_RATIOS = (96,), (0.5,)
-"""What the `tiny` geometry is tried with, which shows that everything runs and nothing more."""
+"""What tiny geometries are tried with, which show that everything runs and nothing more."""
 
 
 def make_workbench(plan: Plan) -> Workbench:
-    """The first CUDA device; a CPU for the `tiny` geometry only.
+    """The first CUDA device; a CPU for tiny geometries only.
 
     Raises:
         KVzipError: without a CUDA device, or for an unknown geometry.
     """
     for geometry in plan.geometries or ():
         geometries.find(geometry)
-    if plan.geometries == (geometries.TINY,):
+    if plan.geometries and set(plan.geometries) <= set(geometries.ON_CPU):
         plan = Plan(
             plan.geometries, plan.contexts or TINY_CONTEXTS, plan.ratios or TINY_RATIOS, plan.quick
         )
         return Workbench(torch.device("cpu"), torch.float32, plan)
     if not torch.cuda.is_available():
         raise KVzipError(
-            "the benchmarks need a CUDA device, and there is none: `--geometry tiny` tries them "
-            "out on a CPU"
+            "the benchmarks need a CUDA device, and there is none: `--geometry tiny` (or "
+            f"`{geometries.TINY_GEMMA3}`) tries them out on a CPU"
         )
     return Workbench(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, plan)
 
@@ -105,10 +122,13 @@ def run(
         The lines of this run.
 
     Raises:
-        KVzipError: for an unknown section, or a file that cannot be written.
+        KVzipError: for an unknown section, one that does not suit a geometry, or a file that
+            cannot be written.
     """
     if unknown := [name for name in sections if name not in SECTIONS]:
         raise KVzipError(f"unknown benchmark {unknown[0]!r}: choose among {', '.join(SECTIONS)}")
+    for geometry in bench.plan.geometries or ():
+        _refuse_unsuited(sections, geometry)
     origin = {**provenance(bench.device, command), **_triton()}
     earlier = _read(output, origin)
     records: list[Record] = []
@@ -121,6 +141,23 @@ def run(
     if bench.on_gpu:
         print_targets(console, [*earlier, *records])
     return records
+
+
+def _refuse_unsuited(sections: Sequence[str], geometry: str) -> None:
+    """Raise KVzipError if a section cannot measure a geometry."""
+    if not geometries.slides(geometry):
+        if sliding_layers.NAME in sections:
+            sliding = ", ".join(filter(geometries.slides, geometries.GEOMETRIES))
+            raise KVzipError(
+                f"{sliding_layers.NAME} measures models with sliding layers, and {geometry} has "
+                f"none: choose among {sliding}"
+            )
+    elif unsuited := [name for name in sections if name in FULL_ATTENTION]:
+        suited = ", ".join(name for name in SECTIONS if name not in FULL_ATTENTION)
+        raise KVzipError(
+            f"{unsuited[0]} measures models whose every layer has full attention, and most layers "
+            f"of {geometry} slide: choose sections among {suited}"
+        )
 
 
 def _section(bench: Workbench, name: str) -> Iterator[Record]:

@@ -1,6 +1,6 @@
 """What the sections share: the device, what was asked for, and what is made once."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -90,7 +90,7 @@ class Workbench:
     def operation_subjects(self, benchmark: str) -> Iterator[Subject]:
         """The whole matrix of geometries, contexts and ratios."""
         quick, plan = self.plan.quick, self.plan
-        full = tuple(name for name in geometries.GEOMETRIES if name != geometries.TINY)
+        full = geometries.MEASURED
         for geometry in plan.geometries or (full[:1] if quick else full):
             for context in plan.contexts or ((32_768, 131_072) if quick else
                                              (8_192, 32_768, 131_072)):  # fmt: skip
@@ -99,14 +99,21 @@ class Workbench:
 
     def context_subjects(self, benchmark: str) -> Iterator[Subject]:
         """Every geometry at its longest context, for operations that know no ratio."""
-        full = tuple(name for name in geometries.GEOMETRIES if name != geometries.TINY)
+        full = geometries.MEASURED
         chosen = self.plan.geometries or (full[:1] if self.plan.quick else full)
         for geometry in chosen:
             yield Subject(benchmark, geometry, max(self.plan.contexts or (MODEL_CONTEXT,)))
 
-    def model_subjects(self, benchmark: str) -> Iterator[Subject]:
-        """What the whole-model sections measure."""
-        for geometry in self.plan.geometries or (MODEL_GEOMETRY,):
+    def model_subjects(
+        self, benchmark: str, usual: Sequence[str] = (MODEL_GEOMETRY,)
+    ) -> Iterator[Subject]:
+        """What the whole-model sections measure: those geometries that are usual, if none is asked.
+
+        Args:
+            benchmark: name of the section.
+            usual: geometries.
+        """
+        for geometry in self.plan.geometries or usual:
             for context in self.plan.contexts or (MODEL_CONTEXT,):
                 for ratio in self.plan.ratios or (MODEL_RATIO,):
                     yield Subject(benchmark, geometry, context, ratio)

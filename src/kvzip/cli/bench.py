@@ -25,18 +25,20 @@ def bench(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Sections, with commas between: ceilings, zipped_attention, chunk_attention, "
-            "reconstruction_score, compact, decode_step, shared_batch, read_context, stream, "
-            "surrogate, growth.",
-            show_default="all but growth, which takes longest",
+            help="Sections, with commas between: ceilings, zipped_attention, quantized_attention, "
+            "chunk_attention, reconstruction_score, compact, matvec, decode_step, shared_batch, "
+            "read_context, stream, surrogate, growth, sliding_layers.",
+            show_default="all but the last two: one takes longest, one is about other models",
         ),
     ] = None,
     geometry: Annotated[
         str | None,
         typer.Option(
-            help="Shapes of models, with commas between: llama3.1-8b, qwen2.5-7b, qwen3-8b; tiny "
-            "tries everything out on a CPU.",
-            show_default="all for operations, llama3.1-8b for whole models",
+            help="Shapes of models, with commas between: llama3.1-8b, qwen2.5-7b, qwen3-8b, and "
+            "with sliding layers gemma3-4b, gemma3-12b; tiny and tiny-gemma3 try everything out on "
+            "a CPU.",
+            show_default="the first three for operations, llama3.1-8b for whole models, both of "
+            "Gemma 3 for sliding_layers",
         ),
     ] = None,
     context: Annotated[
