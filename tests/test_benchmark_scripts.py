@@ -12,6 +12,7 @@ from kvzip.surrogates.kvzap import Module
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import long_generation_gpu
+import quantized_weights
 import surrogate_training
 
 TINY = ["--geometry", "tiny", "--device", "cpu"]
@@ -64,3 +65,13 @@ def test_nothing_is_printed_of_a_surrogate_that_is_not_finite():
     trained = surrogate_training.Trained([module], [0.0], 1, 1, 1)
     with pytest.raises(SystemExit, match="no figure"):
         surrogate_training.refuse_what_is_not_finite(trained)
+
+
+def test_quantised_weights_are_measured_beside_plain_ones(monkeypatch, capsys):
+    pytest.importorskip("torchao")
+    arguments = ["--layers", "2", "--context", "300", "--tokens", "5", "--kinds", "int8", "fp8"]
+    plain, int8, fp8 = lines(quantized_weights, arguments, monkeypatch, capsys)
+    assert (plain["weights"], plain["logits_changed"]) == ("bfloat16", 0)
+    assert 0 < int8["logits_changed"] < 0.1
+    assert int8["cache"] == plain["cache"] < 0.2 * plain["cache_full"]
+    assert "runs on an NVIDIA device" in fp8["error"]
