@@ -294,8 +294,11 @@ def single_token(records: Sequence[Record]) -> str:
     for subject, by in _subjects(records, matvec.NAME):
         least, ours = _seconds(by[matvec.CEILING]), _seconds(by[OURS])
         rows.append(
-            [subject.geometry, subject.case, _micro(least), _micro(ours), f"{least / ours:.1%}"]
-            + [_beside(by[matvec.LINEAR], ours)]
+            [
+                *(subject.geometry, subject.case, _micro(least), _micro(ours)),
+                f"{least / ours:.1%}",
+                _beside(by[matvec.LINEAR], ours),
+            ]
         )
     return _table("geometry | linear layers of one token | ceiling | kvzip | share | torch", rows)
 
