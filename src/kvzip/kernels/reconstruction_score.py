@@ -142,7 +142,7 @@ def reconstruction_score(
     query_heads, t, head_dim = query.shape
     kv_heads, p, _ = prefix_keys.shape
     m, group = chunk_keys.shape[1], query_heads // kv_heads
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = max(16, triton.next_power_of_2(head_dim))
     row = block_d * query.element_size()  # bytes
     block_t, warps, stages = (64, 4, 2) if row <= 512 else (32, 4, 2)
     scale, inner = exponents(logits)
@@ -187,7 +187,7 @@ def largest_probabilities(
     query_heads, t, head_dim = query.shape
     kv_heads, m, _ = keys.shape
     group = query_heads // kv_heads
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = max(16, triton.next_power_of_2(head_dim))
     row = block_d * query.element_size()  # bytes
     scale, inner = exponents(logits)
     if query_weights is not None:  # p·w = 2 ** (logit - (lse - log2 w))
