@@ -311,3 +311,37 @@ def test_spans_count_for_the_pairs_of_a_head_and_its_best_others_are_added():
         [True, True, False, True, False],
         [True, True, False, False, True],
     ]
+
+
+@pytest.mark.parametrize("level", ["pair", "pair-uniform"])
+@pytest.mark.parametrize(
+    ("ratio", "window", "favoured"), [(0.5, 4, 4), (0.5, 40, 12), (0.3, 40, 7), (0.05, 4, 1)]
+)
+def test_the_last_tokens_come_first_within_a_quarter_of_the_budget(level, ratio, window, favoured):
+    """Of 100 tokens; the best scores are those of the first."""
+    scores = -torch.arange(100.0).expand(2, 3, 100).contiguous()
+    kept = select(scores, ratio, level, window=window)
+    expected = torch.zeros(100, dtype=torch.bool)
+    expected[: int(ratio * 100) - favoured] = True
+    expected[100 - favoured :] = True
+    assert torch.equal(kept, expected.expand(2, 3, 100))
+
+
+def test_evicted_pairs_of_the_last_tokens_never_return():
+    scores = torch.rand(2, 3, 100)
+    scores[0, 0, 95:] = -torch.inf
+    kept = select(scores, 0.5, window=10)
+    assert not kept[0, 0, 95:].any()
+    assert kept[1, :, 90:].all()
+    assert int(kept.sum()) == 300
+
+
+def test_whole_heads_do_not_care_for_the_last_tokens():
+    scores = torch.rand(2, 3, 100)
+    assert torch.equal(select(scores, 0.5, "head", window=10), select(scores, 0.5, "head"))
+
+
+@pytest.mark.parametrize("small", [0.1, 0.3])
+def test_a_smaller_budget_keeps_a_subset_of_the_last_tokens_too(small):
+    scores = torch.rand(2, 3, 100)
+    assert not (select(scores, small, window=20) & ~select(scores, 0.6, window=20)).any()

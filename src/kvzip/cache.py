@@ -30,7 +30,7 @@ class Scores:
     Attributes:
         values: `[L, H, n]`, float32, on the CPU; meaningless where a pair is no longer held.
         scorer: name of the scorer that made them.
-        window: last tokens whose pairs a threshold leaves alone.
+        window: last tokens whose pairs a threshold leaves alone, and other budgets favour.
     """
 
     values: Tensor
@@ -290,7 +290,7 @@ class ContextCache(Cache):
         if not held.all():
             scores = scores.masked_fill(~held.to(device), -torch.inf)
         scores = self.division.gather(scores)
-        kept = select(scores, budget, level, self.footprint(how))
+        kept = select(scores, budget, level, self.footprint(how), self.scores.window)
         if budget.threshold is not None:
             if not kept.any():
                 warn_all_below(budget, float(scores.max()), self.scores.window)

@@ -17,6 +17,7 @@ def select(
     budget: float | Budget,
     level: str = "pair",
     footprint: Footprint | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Choose the pairs to keep (Kim et al., arXiv 2505.23416, sections 3 and 4).
 
@@ -37,6 +38,9 @@ def select(
     what is left of it; so at level `head` fewer heads are whole, and the others keep what is
     required.
 
+    Pairs of the last `window` tokens come before the others, as far as a quarter of the budget goes
+    (not at level `head`, and not with a threshold: see `with_last`).
+
     A ratio asks for its number of pairs. Tokens and bytes are limits: where a cache holds less, all
     of that stays.
 
@@ -45,6 +49,7 @@ def select(
         budget: how much to keep; a number is a ratio, the share of the context's pairs, in (0, 1].
         level: `pair`, `pair-uniform` or `head`.
         footprint: what the cache takes, for a budget in bytes.
+        window: last tokens that the scores know too little about.
 
     Returns:
         `[L, H, n]`, bool, True for the pairs that stay.
@@ -60,12 +65,11 @@ def select(
     required = _required(scores, budget)
     if quota is None:
         mask = _above(scores, budget.threshold, level)
-    elif level == "pair":
-        mask = _best_of_all(scores, required, quota, budget)
-    elif level == "pair-uniform":
-        mask = _best_of_each(scores, required, quota, budget)
-    else:
+    elif level == "head":
         mask = _best_heads(scores, required, quota, budget)
+    else:
+        best = _best_of_all if level == "pair" else _best_of_each
+        mask = best(favour_last(scores, window, quota), required, quota, budget)
     mask = mask | required
     if (mask & (scores == -torch.inf)).any():
         raise _evicted(scores, budget, level)
@@ -131,6 +135,21 @@ def with_last(mask: Tensor, scores: Tensor, tokens: int) -> Tensor:
     last = torch.zeros_like(mask)
     last[..., max(0, mask.shape[-1] - tokens) :] = True
     return mask | (last & (scores > -torch.inf))
+
+
+def favour_last(scores: Tensor, window: int, quota: Fraction) -> Tensor:
+    """Scores by which pairs of the last tokens come first, if they are still there.
+
+    Args:
+        scores: `[L, H, n]`, `-inf` for pairs that are no longer there.
+        window: last tokens to favour, as far as a quarter of the quota goes.
+        quota: pairs that a head keeps on average.
+    """
+    tokens = min(window, floor(quota / 4), scores.shape[-1])
+    if not tokens:
+        return scores
+    earlier, last = scores.split([scores.shape[-1] - tokens, tokens], dim=-1)
+    return torch.cat([earlier, last.masked_fill(last > -torch.inf, torch.inf)], dim=-1)
 
 
 def _required(scores: Tensor, budget: Budget) -> Tensor:

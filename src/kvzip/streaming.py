@@ -19,7 +19,7 @@ from kvzip.errors import KVzipError
 from kvzip.interrupts import uninterrupted
 from kvzip.prefill import Progress, silent
 from kvzip.scoring.chunks import ChunkScorer
-from kvzip.selection import best_pairs, check_scores, select, with_last
+from kvzip.selection import best_pairs, check_scores, favour_last, select, with_last
 
 CHUNK_SIZE = 8000
 """Tokens that are read, scored and compacted at once."""
@@ -141,14 +141,17 @@ def _compact(kv: ContextCache, chunk: Tensor, scores: Scores, how: Streaming) ->
         new = kv.division.gather(scores.values)
         share = check_ratio(how.amount.ratio)
         quota = _target(share, new, before + len(chunk)) - _target(share, new, before)
+        new = favour_last(new, scores.window, share * len(chunk))
         kv.absorb(chunk, scores, kv.division.own(best_pairs(new, quota)))
         kv.ratio = how.amount.ratio
         return
     everything = kv.division.gather(_with_earlier(kv, scores.values))
     if how.amount.ratio is not None:
-        target = _target(check_ratio(how.amount.ratio), everything, before + len(chunk))
+        share = check_ratio(how.amount.ratio)
+        target = _target(share, everything, before + len(chunk))
         held = (everything[..., :before] > -torch.inf).sum() + everything[..., before:].numel()
-        kept = best_pairs(everything, min(target, int(held)))
+        favoured = favour_last(everything, scores.window, share * (before + len(chunk)))
+        kept = best_pairs(favoured, min(target, int(held)))
         kv.ratio = how.amount.ratio
     else:
         kept = with_last(select(everything, how.amount), everything, scores.window)
