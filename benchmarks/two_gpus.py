@@ -194,6 +194,16 @@ def compare(found: dict[str, list[dict[str, Any]]], folder: Path) -> dict[str, A
     return result
 
 
+def show(way: str, one: dict[str, Any]) -> None:
+    """Print what was found of one way."""
+    share = one["pairs_kept_by_one_too"] / one["pairs_kept"]
+    print(f"{way}: same answers {one['same_answers']}, pairs chosen alike {share:.4f}")
+    for process in one["processes"]:
+        for name, stage in process["stages"].items():
+            peak = {gpu: f"{size / 1e9:.2f} GB" for gpu, size in stage["peak"].items()}
+            print(f"    {name}: {stage['seconds']:.2f} s, peak {peak}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("two_gpus.json"))
@@ -204,25 +214,26 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, help="for checkpoint and findings; a new one if none"
     )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="all of them if none is named")
     parser.add_argument("--way", choices=WAYS, help="one process of it; for this program itself")
     options = parser.parse_args()
+    options.ways = WAYS if options.ways is None else options.ways
+    if options.ways[0] != WAYS[0]:
+        parser.error(f"--ways begins with {WAYS[0]}, which the others are compared with")
     if options.way is not None:
         work(options.way, options)
         return 0
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        options.folder = Path(folder)
-        found = {way: start(way, options) for way in WAYS}
-        result = compare(found, options.folder)
     setting = {name: getattr(options, name) for name in ("geometry", "context", "tokens")}
     where = provenance(torch.device("cpu" if options.cpu else "cuda:0"), sys.argv)
-    options.out.write_text(json.dumps({"provenance": where, **setting, "ways": result}, indent=2))
-    for way, one in result.items():
-        share = one["pairs_kept_by_one_too"] / one["pairs_kept"]
-        print(f"{way}: same answers {one['same_answers']}, pairs chosen alike {share:.4f}")
-        for process in one["processes"]:
-            for name, stage in process["stages"].items():
-                peak = {gpu: f"{size / 1e9:.2f} GB" for gpu, size in stage["peak"].items()}
-                print(f"    {name}: {stage['seconds']:.2f} s, peak {peak}")
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        options.folder = Path(folder)
+        for way in options.ways:  # each is written down at once, should a later one be stopped
+            found[way] = start(way, options)
+            result = compare(found, options.folder)
+            written = {"provenance": where, **setting, "ways": result}
+            options.out.write_text(json.dumps(written, indent=2))
+            show(way, result[way])
     return 0 if all(one["same_answers"] for one in result.values()) else 1
 
 

@@ -26,6 +26,9 @@ FILES = (
     "h200_stream.jsonl",
     "h200_quantized.jsonl",
     "h200_growth.jsonl",
+    "h200_matvec.jsonl",
+    "h200_surrogate.jsonl",
+    "h200_sliding.jsonl",
 )
 
 
