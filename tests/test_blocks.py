@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import BFLOAT16, FLOAT32, MARKS, ON_GPU, Dense, Zipped, assert_near
-from kvzip.kernels import zipped_attention
+from kvzip.kernels import long_query
 from kvzip.kernels.blocks import BLOCKS, attend_to_blocks
 from kvzip.kernels.zipped_attention import zipped_attention as kernel
 
@@ -45,10 +45,10 @@ def test_blocks_are_few_and_descending() -> None:
 def test_long_queries(monkeypatch, lengths, sinks, tail) -> None:
     """Chunk, tail in front of it, blocks and what is left: one softmax."""
     dense = Dense()
-    monkeypatch.setattr(zipped_attention, "fastest", lambda *args: dense)
-    monkeypatch.setattr(zipped_attention, "LONG_QUERY", 16)
-    monkeypatch.setattr(zipped_attention, "BLOCK_QUERY", 16)
-    monkeypatch.setattr(zipped_attention.attend_to_blocks, "__defaults__", ((64, 16),))
+    monkeypatch.setattr(long_query, "fastest", lambda *args: dense)
+    monkeypatch.setattr(long_query, "LONG_QUERY", 16)
+    monkeypatch.setattr(long_query, "BLOCK_QUERY", 16)
+    monkeypatch.setattr(long_query.attend_to_blocks, "__defaults__", ((64, 16),))
     case = Zipped(lengths, t=20, tail=tail, sinks=sinks)
     assert_near(case.run(kernel), case.expected(), FLOAT32)
     assert len(dense.asked) > 1 + bool(tail) or max(lengths) < 16
@@ -58,14 +58,14 @@ def test_long_queries(monkeypatch, lengths, sinks, tail) -> None:
 @pytest.mark.parametrize("lengths", [[20_481, 0, 4095], [4096, 37_000, 1]], ids=str)
 @pytest.mark.parametrize("group", [1, 4])
 def test_blocks_by_the_fastest_kernel(lengths, group) -> None:
-    t = zipped_attention.BLOCK_QUERY
+    t = long_query.BLOCK_QUERY
     Zipped(lengths, group=group, t=t, tail=3, dim=128, dtype=BFLOAT16).check(kernel)
 
 
 def test_rows_of_a_batch_take_no_blocks(monkeypatch) -> None:
     dense = Dense()
-    monkeypatch.setattr(zipped_attention, "fastest", lambda *args: dense)
-    monkeypatch.setattr(zipped_attention, "LONG_QUERY", 16)
-    monkeypatch.setattr(zipped_attention, "BLOCK_QUERY", 16)
+    monkeypatch.setattr(long_query, "fastest", lambda *args: dense)
+    monkeypatch.setattr(long_query, "LONG_QUERY", 16)
+    monkeypatch.setattr(long_query, "BLOCK_QUERY", 16)
     Zipped([5000], batch=2, t=20).check(kernel)
     assert dense.asked == [(20, True)]

@@ -189,7 +189,7 @@ def test_the_same_call_gives_the_same_bits_and_changes_nothing(kv_dtype):
 @pytest.mark.parametrize("programs", [1, 3])
 @by_kv_dtype
 def test_any_division_among_programs(monkeypatch, programs, kv_dtype):
-    monkeypatch.setattr(zipped_attention, "_multiprocessors", lambda device: programs)
+    monkeypatch.setattr(zipped_attention, "multiprocessors", lambda device: programs)
     Quantized([500, 0, 1, 333, 128], kv_dtype, t=1, tail=2).check(kernel)
 
 

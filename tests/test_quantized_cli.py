@@ -155,7 +155,7 @@ def test_heads_that_cannot_be_packed_are_found_before_scoring(
     refused, document, tmp_path, monkeypatch, more
 ):
     model = test_cli.save_model(tmp_path / "model", head_dim=30)
-    for scoring in ("model.ModelKVzip.score", "scoring.chunks.RepeatedChunks.read"):
+    for scoring in ("model.ModelKVzip.score", "scoring.repeated_chunks.RepeatedChunks.read"):
         monkeypatch.setattr(f"kvzip.{scoring}", lambda *_, **__: 1 / 0)
     said = refused("zip", document, "-m", model, "--kv-dtype", "int4", *more)
     assert "whose dimension is 30: it must be a multiple of 4" in said

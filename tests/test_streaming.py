@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import kvzip.scoring.chunks as chunks
+import kvzip.scoring.repeated_chunks as repeated_chunks
 import kvzip.streaming as streaming
 from kvzip import ContextCache, KVzipError, ModelKVzip, Scores
 from kvzip.budget import Budget
 from kvzip.kernels.quantization import KV_DTYPES
 from kvzip.layers import ContextLayer, Layer
-from kvzip.scoring.chunks import RepeatedChunks
+from kvzip.scoring.repeated_chunks import RepeatedChunks
 from kvzip.streaming import chunks_of
 from models import (
     QUESTIONS,
@@ -426,8 +426,8 @@ def test_memory_peaks_at_kept_pairs_a_chunk_and_a_layer(kind, size, budget, monk
 
     watch("absorb", ContextLayer)
     watch("prune", ContextLayer)
-    watch("repeat", chunks)
-    watch("_repeating", chunks)
+    watch("repeat", repeated_chunks)
+    watch("_repeating", repeated_chunks)
     watch("update", Layer)
     kv.extend(ids[size:], chunk_size=size, budget=budget)
     assert len(over) >= 3 * (1 + layers)
@@ -739,8 +739,8 @@ def test_scores_that_are_no_numbers_are_refused(monkeypatch):
     model, ids = shared_model(), random_ids(2 * CHUNK)
     kv = stream(model, ids[:CHUNK])
     before = snapshot(kv)
-    inner = chunks.repeat
-    monkeypatch.setattr(chunks, "repeat", lambda *args: inner(*args) * torch.nan)
+    inner = repeated_chunks.repeat
+    monkeypatch.setattr(repeated_chunks, "repeat", lambda *args: inner(*args) * torch.nan)
     with pytest.raises(KVzipError, match="NaN"):
         kv.extend(ids[CHUNK:])
     assert_same(snapshot(kv), before)

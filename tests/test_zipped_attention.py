@@ -24,7 +24,7 @@ from kernels import (
     assert_near,
     poison,
 )
-from kvzip.kernels import reference, zipped_attention
+from kvzip.kernels import long_query, reference, zipped_attention
 
 pytestmark = MARKS
 by_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -255,7 +255,7 @@ def test_numbers_of_heads(heads):
 @pytest.mark.parametrize("programs", [1, 3, 9])
 def test_any_division_among_programs(monkeypatch, programs):
     """Heads that one program holds whole, and heads that many programs share."""
-    monkeypatch.setattr(zipped_attention, "_multiprocessors", lambda device: programs)
+    monkeypatch.setattr(zipped_attention, "multiprocessors", lambda device: programs)
     Zipped([900, 0, 1, 333, 128], t=1, tail=2).check(kernel)
     Zipped([500, 0, 333], t=9, group=8, tail=2).check(kernel)
 
@@ -297,8 +297,8 @@ def test_outputs_have_tokens_before_heads():
 def test_long_queries_are_blended(monkeypatch, sinks, lengths, t, tail):
     """The chunk, what is in front of it, and the context: three results, one softmax."""
     dense = Dense()
-    monkeypatch.setattr(zipped_attention, "fastest", lambda *args: dense)
-    monkeypatch.setattr(zipped_attention, "LONG_QUERY", 16)
+    monkeypatch.setattr(long_query, "fastest", lambda *args: dense)
+    monkeypatch.setattr(long_query, "LONG_QUERY", 16)
     Zipped(lengths, batch=2, t=t, tail=tail, sinks=sinks).check(kernel)
     assert dense.asked == ([(t, True), (tail, False)] if tail else [(t, True)])
 
@@ -307,7 +307,7 @@ def test_long_queries_are_blended(monkeypatch, sinks, lengths, t, tail):
     "how", [{"on_device": True}, {"starts": [3, 0]}, {"window": 40}, {"softcap": 2.0}], ids=str
 )
 def test_long_queries_that_no_dense_kernel_takes(monkeypatch, how):
-    monkeypatch.setattr(zipped_attention, "fastest", lambda *args: 1 / 0)
-    monkeypatch.setattr(zipped_attention, "LONG_QUERY", 16)
+    monkeypatch.setattr(long_query, "fastest", lambda *args: 1 / 0)
+    monkeypatch.setattr(long_query, "LONG_QUERY", 16)
     lengths = [39, 39] if "window" in how else [70, 3]
     Zipped(lengths, batch=2, t=20, tail=4, **how).check(kernel)

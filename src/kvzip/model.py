@@ -35,7 +35,8 @@ from kvzip.prefill import Progress, prefill, silent
 from kvzip.prompts import INSTRUCTIONS, Prompts, split_chat_template
 from kvzip.room import make_decoder
 from kvzip.scoring import REPEATING, get_scorer, heads, is_surrogate, reconstruction
-from kvzip.scoring.chunks import ChunkScorer, RepeatedChunks
+from kvzip.scoring.chunks import ChunkScorer
+from kvzip.scoring.repeated_chunks import RepeatedChunks
 from kvzip.shrinking import Shrinker, Shrinking
 from kvzip.surrogates.predicting import PredictedChunks, Surrogate, predicting
 

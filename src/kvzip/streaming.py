@@ -1,8 +1,8 @@
 """Compression while reading: the stages 1 to 4, chunk after chunk, in bounded memory.
 
-A chunk is read on top of what was kept of the chunks before it, scored (`scoring.chunks`, or by a
-surrogate as it is read), and compacted, before the next one is read. At no time is more held than
-the kept pairs and one chunk.
+A chunk is read on top of what was kept of the chunks before it, scored (`scoring.repeated_chunks`,
+or by a surrogate as it is read), and compacted, before the next one is read. At no time is more
+held than the kept pairs and one chunk.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,8 +1,8 @@
 """Attention, scoring and compaction on key-value pairs.
 
 `reference` defines every operation in plain PyTorch; it runs everywhere and is what the others are
-compared with. The other files hold one operation each, for CUDA devices: a Triton kernel, or a
-kernel that PyTorch brings along where that is faster.
+compared with. The other files hold one operation each, for CUDA devices, or what several share: a
+Triton kernel, or a kernel that PyTorch brings along where that is faster.
 """
 
 from collections.abc import Callable

@@ -11,16 +11,12 @@ tile, so that a context is read once for all of them.
 The tail is read by programs of its own, a stretch of columns each. A second kernel adds the partial
 results of a head up, weighted by their share of the softmax (split-KV attention, "flash decoding").
 
-A long query, a chunk of a context that is being read, attends to its own chunk by the fastest dense
-kernel (`dense`), and so it does to `blocks` of the context if it is longer still; the results are
-blended.
-
-Nothing is planned on the host: the chunks follow from `indptr` and the number of rows, and the
-length of the tail may be read on the device, so that a CUDA graph stays valid while a tail grows.
+Nothing is planned on the host: the chunks follow from `indptr` and the number of rows (`tilings`),
+and the length of the tail may be read on the device, so that a CUDA graph stays valid while a tail
+grows. Of a long query, dense kernels take what they can first (`long_query`).
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 import triton
@@ -28,43 +24,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvzip.kernels.blocks import attend_to_blocks
-from kvzip.kernels.dense import Attend, add_sinks, blend, fastest
+from kvzip.kernels.dense import add_sinks, blend
 from kvzip.kernels.launching import overlaps
 from kvzip.kernels.logits import Logits
+from kvzip.kernels.long_query import add_blocks, attend_to_tail, dense_kernel
 from kvzip.kernels.quantization import BITS, QuantizedRows
 from kvzip.kernels.quantized_chunk import quantized_chunk
 from kvzip.kernels.softcap import bounded, exponents
+from kvzip.kernels.tilings import (
+    choose_quantized_tiling,
+    choose_split,
+    choose_tiling,
+    multiprocessors,
+)
 
 MERGED_DIM = 32
 """Columns of the result that one program merges: little for each, so that it is done at once."""
-LONG_QUERY = 512
-"""Tokens from which on a query attends to its own chunk by a dense kernel."""
-BLOCK_QUERY = 4096
-"""Tokens from which on it does so to blocks of the context, too."""
-WAVES = 6
-"""Where compute decides, a multiprocessor gets this many programs, one after the other."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the work is cut up.
-
-    Attributes:
-        block_m: query rows of a tile.
-        block_n: pairs of a tile of the context.
-        tail_n: pairs of a tile of the tail.
-        warps: warps of a program.
-        stages: tiles in flight.
-        programs: programs to aim at on each multiprocessor.
-    """
-
-    block_m: int
-    block_n: int
-    tail_n: int
-    warps: int
-    stages: int
-    programs: int
 
 
 @triton.jit
@@ -126,6 +101,8 @@ def _partial_kernel(
 
     KIND: what the context is quantised to, or None; then there are no scales, centers and gains.
     """
+    if EARLY and not LENGTH_ON_DEVICE:
+        gdc_wait()  # a recorded step may look at the heads' lengths before, which are long there
     i_p, i_m = tl.program_id(0), tl.program_id(1)
     M = B * G * T
     o_d = tl.arange(0, BD)
@@ -146,7 +123,7 @@ def _partial_kernel(
             first = begin + (i_p - slot) * chunk
             stop = tl.minimum(first + chunk, end)
             if EARLY:
-                gdc_wait()  # for the queries
+                gdc_wait()  # for the queries, if not for all
                 gdc_launch_dependents()  # the merge may take a place, and wait there
             # rows of a tile: (batch row, query head of the group, token)
             o_m = i_m * BM + tl.arange(0, BM)
@@ -287,90 +264,6 @@ def _merge_kernel(
     tl.store(p_out_lse + ((o_b * H + i_h) * G + o_g).to(tl.int64) * T + o_t, lse, mask=m_r)
 
 
-def zipped_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    indptr: Tensor,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    logits: Logits,
-    *,
-    tail_length: Tensor | None = None,
-    starts: Tensor | None = None,
-    window: int | None = None,
-    counts: Tensor | None = None,
-) -> Tensor:
-    """See `reference.zipped_attention`; `indptr`, `tail_length` and `starts` on the device."""
-    tail = Tail(tail_keys, tail_values, tail_length, starts, window)
-    attend = _dense(query, tail, logits)
-    if attend is None:
-        return _split(query, Context.plain(keys, values, indptr), tail, logits)[0]
-    out, lse = _attend_to_tail(query, tail, logits.scale, attend)
-    if query.shape[2] >= BLOCK_QUERY and len(query) == 1:
-        out = out.float()  # it is rounded once, not at every block
-        counts = indptr.diff() if counts is None else counts
-        left = attend_to_blocks(
-            out, lse, query, keys, values, counts.tolist(), logits.scale, attend
-        )
-        keys, values, indptr, lse = left.keys, left.values, left.indptr, left.lse
-    return _blend_context(out, lse, query, Context.plain(keys, values, indptr), logits)
-
-
-def quantized_attention(
-    query: Tensor,
-    keys: QuantizedRows,
-    values: QuantizedRows,
-    indptr: Tensor,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    logits: Logits,
-    *,
-    tail_length: Tensor | None = None,
-    starts: Tensor | None = None,
-    window: int | None = None,
-    counts: Tensor | None = None,
-) -> Tensor:
-    """See `reference.quantized_attention`; `indptr`, `tail_length` and `starts` on the device."""
-    tail = Tail(tail_keys, tail_values, tail_length, starts, window)
-    context = Context.quantized(keys, values, indptr)
-    attend = _dense(query, tail, logits)
-    if attend is None:
-        return _split(query, context, tail, logits)[0]
-    return _blend_context(
-        *_attend_to_tail(query, tail, logits.scale, attend), query, context, logits
-    )
-
-
-def _dense(query: Tensor, tail: "Tail", logits: Logits) -> Attend | None:
-    """The dense kernel that serves a long query, None if the query is short or none does."""
-    whole = (tail.length, tail.starts, tail.window, logits.softcap) == (None, None, None, None)
-    if query.shape[2] < LONG_QUERY or not whole:
-        return None
-    return fastest(query.device, query.dtype, query.shape[3])
-
-
-def _attend_to_tail(
-    query: Tensor, tail: "Tail", scale: float, attend: Attend
-) -> tuple[Tensor, Tensor]:
-    """A long query's result on its own chunk and on what of the tail is in front of it."""
-    t, s = query.shape[2], tail.keys.shape[2]
-    own, before = slice(s - t, s), slice(s - t)
-    out, lse = attend(query, tail.keys[:, :, own], tail.values[:, :, own], scale, True)
-    if s == t:
-        return out, lse
-    earlier = tail.keys[:, :, before], tail.values[:, :, before]
-    return blend(out, lse, *attend(query, *earlier, scale, False))
-
-
-def _blend_context(
-    out: Tensor, lse: Tensor, query: Tensor, context: "Context", logits: Logits
-) -> Tensor:
-    """A result so far, with a context and the sinks added."""
-    rest = _split(query, context, None, replace(logits, sinks=None))
-    return add_sinks(*blend(out, lse, *rest), logits.sinks).to(query.dtype)
-
-
 @dataclass(frozen=True)
 class Context:
     """What of the arguments concerns the context.
@@ -409,7 +302,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Tail:
-    """What of `zipped_attention`'s arguments concerns the tail."""
+    """What of the arguments concerns the tail (see `reference.zipped_attention`).
+
+    Attributes:
+        keys: `[B, H, s, D]`.
+        values: `[B, H, s, D]`.
+        length: `[1]`, int64, columns in use, or None for all.
+        starts: `[B]`, int64, where each row's padding ends, or None.
+        window: tokens that a query sees, or None for all.
+    """
 
     keys: Tensor
     values: Tensor
@@ -417,11 +318,75 @@ class Tail:
     starts: Tensor | None
     window: int | None
 
+    @property
+    def plain(self) -> bool:
+        """Whether its last columns are the queries' own, and each sees all in front of it."""
+        return self.length is None and self.starts is None and self.window is None
 
-def _split(
+
+def zipped_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indptr: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    logits: Logits,
+    *,
+    tail_length: Tensor | None = None,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """See `reference.zipped_attention`; `indptr`, `tail_length` and `starts` on the device."""
+    tail = Tail(tail_keys, tail_values, tail_length, starts, window)
+    attend = dense_kernel(query, logits) if tail.plain else None
+    if attend is None:
+        return _split_kv(query, Context.plain(keys, values, indptr), tail, logits)[0]
+    out, lse = attend_to_tail(query, tail_keys, tail_values, logits.scale, attend)
+    out, left = add_blocks(
+        out, lse, query, keys, values, indptr, logits.scale, attend, counts=counts
+    )
+    context = Context.plain(left.keys, left.values, left.indptr)
+    return _add_context(out, left.lse, query, context, logits)
+
+
+def quantized_attention(
+    query: Tensor,
+    keys: QuantizedRows,
+    values: QuantizedRows,
+    indptr: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    logits: Logits,
+    *,
+    tail_length: Tensor | None = None,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """See `reference.quantized_attention`; `indptr`, `tail_length` and `starts` on the device."""
+    tail = Tail(tail_keys, tail_values, tail_length, starts, window)
+    context = Context.quantized(keys, values, indptr)
+    attend = dense_kernel(query, logits) if tail.plain else None
+    if attend is None:
+        return _split_kv(query, context, tail, logits)[0]
+    out, lse = attend_to_tail(query, tail_keys, tail_values, logits.scale, attend)
+    return _add_context(out, lse, query, context, logits)
+
+
+def _add_context(
+    out: Tensor, lse: Tensor, query: Tensor, context: Context, logits: Logits
+) -> Tensor:
+    """A long query's result so far, with a context and the sinks added."""
+    rest = _split_kv(query, context, None, replace(logits, sinks=None))
+    return add_sinks(*blend(out, lse, *rest), logits.sinks).to(query.dtype)
+
+
+def _split_kv(
     query: Tensor, context: Context, tail: Tail | None, logits: Logits
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a packed context and, if there is one, a tail.
+    """Attention over a packed context and, if there is one, a tail: both kernels.
 
     Returns:
         `[B, Hq, t, D]` in the dtype of `query`, and the log-sum-exp `[B, Hq, t]`, float32.
@@ -429,29 +394,17 @@ def _split(
     batch, query_heads, t, head_dim = query.shape
     kv_heads = len(context.indptr) - 1
     group = query_heads // kv_heads
-    m, rows = batch * group * t, context.rows
+    m, columns = batch * group * t, tail.keys.shape[2] if tail else 0
+    processors = multiprocessors(query.device)
     if context.kind is None:
         tiling = choose_tiling(m, head_dim, query.element_size())
     else:
         tiling = choose_quantized_tiling(m, head_dim, query.element_size(), BITS[context.kind])
-    tiles = triton.cdiv(m, tiling.block_m)
-    at_once = tiling.programs * _multiprocessors(query.device)  # programs that run side by side
-    splits, capacity, tail_columns = 0, 0, 1
-    if tail is not None:
-        capacity = tail.keys.shape[2]
-        # a stretch of the tail takes no longer than a chunk of the context
-        stretch = max(256, rows // at_once)
-        most_splits = max(1, at_once // (4 * batch * kv_heads * tiles))
-        splits = max(1, min(triton.cdiv(capacity, stretch), most_splits))
-        tail_columns = triton.cdiv(capacity, splits)
-    tail_programs = splits * batch * kv_heads
-    if tiles == 1:  # all in one go; the last chunk of each head is filled in part only
-        programs = max(at_once - tail_programs - kv_heads, at_once // 2, 1)
-    else:
-        programs = triton.cdiv(WAVES * at_once, tiles)
-    chunk = max(tiling.block_n, triton.cdiv(triton.cdiv(rows, programs), 16) * 16)
-    context_slots = rows // chunk + kv_heads
-    slots = context_slots + splits * kv_heads
+    split = choose_split(
+        tiling, processors,
+        batch=batch, kv_heads=kv_heads, m=m, rows=context.rows, columns=columns,
+    )  # fmt: skip
+    slots = split.context_slots + split.tail_slots * kv_heads
     partial = query.new_empty((slots, m, head_dim), dtype=torch.float32)
     lse = query.new_empty((slots, m), dtype=torch.float32)
     # tokens before heads in memory, as the output projection wants them
@@ -464,9 +417,10 @@ def _split(
     block_d, block_h = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(kv_heads)
     early = overlaps(query.device)
     scale, inner = exponents(logits)
-    _partial_kernel[context_slots + tail_programs, tiles](
+    _partial_kernel[split.context_slots + split.tail_slots * batch * kv_heads, split.tiles](
         query, *context.keys, *context.values, context.indptr, tail_keys, tail_values, tail_length,
-        starts, partial, lse, scale, inner, capacity, chunk, context_slots, tail_columns,
+        starts, partial, lse, scale, inner, columns, split.chunk, split.context_slots,
+        split.tail_columns,
         *query.stride()[:3], *tail_keys.stride()[:2], *tail_values.stride()[:2],
         batch, group, t,
         H=kv_heads, D=head_dim, WINDOW=(tail and tail.window) or 0,
@@ -477,56 +431,13 @@ def _split(
         num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=early,
     )  # fmt: skip
     dim_tiles = triton.cdiv(head_dim, MERGED_DIM)
-    few = m * kv_heads * dim_tiles <= 32 * _multiprocessors(query.device)
+    few = m * kv_heads * dim_tiles <= 32 * processors
     merged_rows, merged_slots = (1, 128) if few else (32, 2)
     _merge_kernel[triton.cdiv(m, merged_rows), kv_heads, dim_tiles](
-        partial, lse, context.indptr, logits.sinks, out, out_lse, chunk, context_slots, splits,
-        *out.stride()[:3], batch, group, t,
+        partial, lse, context.indptr, logits.sinks, out, out_lse, split.chunk, split.context_slots,
+        split.tail_slots, *out.stride()[:3], batch, group, t,
         H=kv_heads, D=head_dim, EARLY=early,
         BR=merged_rows, BS=merged_slots, BD=MERGED_DIM, BH=block_h,
         launch_pdl=early,
     )  # fmt: skip
     return out, out_lse
-
-
-def choose_tiling(m: int, head_dim: int, element_size: int) -> Tiling:
-    """Tiles for `m` query rows a KV head; measured on an H200.
-
-    A stage of keys and values takes 32 KiB: three of them and the queries fit into the shared
-    memory of a multiprocessor twice, unless the queries are many.
-    """
-    row = triton.next_power_of_2(head_dim) * element_size  # bytes
-    block_m = min(max(16, triton.next_power_of_2(m)), 128 if row <= 256 else 64)
-    block_n = min(max(16, 16384 // row), 128)
-    if block_m * row > 16384:
-        return Tiling(block_m, block_n, block_n, warps=8, stages=3, programs=1)
-    return Tiling(block_m, block_n, block_n, warps=2 if block_m == 16 else 4, stages=3, programs=2)
-
-
-def choose_quantized_tiling(m: int, head_dim: int, element_size: int, bits: int) -> Tiling:
-    """Tiles for `m` query rows a KV head over codes of so many bits.
-
-    Measured on an H200 for one token and heads of 128. Codes are unpacked in registers, which is
-    what limits the tiles, and a warp that has a tile to itself waits for no other. Tiles of the
-    tail are small, so that they take no shared memory from the codes.
-    """
-    row = triton.next_power_of_2(head_dim) * element_size  # bytes of a query
-    tail_n = min(max(16, 8192 // row), 64)
-    block_m = min(max(16, triton.next_power_of_2(m)), 128 if row <= 256 else 64)
-    if block_m == 16:
-        if head_dim * bits <= 256:  # warps divide words, and 16 of them are not worth dividing
-            return Tiling(16, 64, tail_n, warps=1, stages=3, programs=4)
-        if row > 256:
-            return Tiling(16, 64, tail_n, 4, stages=3, programs=2)
-        if bits == 4:
-            return Tiling(16, 32, 16, warps=1, stages=3, programs=8)
-        return Tiling(16, 64, 16, warps=2, stages=3, programs=4)
-    block_n = min(max(32, 8192 // row), 64)
-    return Tiling(block_m, block_n, tail_n, 4 if block_m == 32 else 8, stages=3, programs=1)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4  # Triton's interpreter
