@@ -12,8 +12,9 @@ from kvzip import KVzipError, ModelKVzip, loading, quantized_weights, storage
 from kvzip.cli import main
 from kvzip.cli.options import QuantizationName
 from kvzip.hidden_states import attention_modules, output_weight
+from kvzip.single_token import SingleTokenLinear
 from kvzip.synthetic import make_document
-from kvzip.weights import plain_weights
+from kvzip.weights import is_int8_by_row, plain_weights
 from models import make_hf_model, make_tokenizer
 
 pytest.importorskip("torchao")
@@ -87,6 +88,44 @@ def test_activations_are_rounded_too(plain):
         full = plain.hf_model(ids).logits
     assert 0 < (int8 - full).norm() / full.norm() < 0.05
     assert (int8 - full).norm() < (w8a8 - full).norm() < 0.1 * full.norm()
+
+
+def test_weights_are_codes_times_scales_of_rows(model):
+    """Which is what recorded steps make of them."""
+    found = [
+        weight for weight in model.hf_model.parameters() if type(weight).__name__ != "Parameter"
+    ]
+    assert len(found) == 7 * model.hf_model.config.num_hidden_layers
+    for weight in found:
+        assert is_int8_by_row(weight)
+        assert not weight.zero_point.any()
+        assert torch.equal(weight.dequantize(), weight.qdata * weight.scale)
+
+
+def test_recorded_steps_leave_activations_as_they_are(plain):
+    """So w8a8 is int8 there, and nearer to the model than with rounded activations."""
+    int8, w8a8 = (ModelKVzip(quantization=kind, device="cpu").hf_model for kind in KINDS)
+    with torch.no_grad():
+        for token in range(100, 104):
+            ids = torch.tensor([[token]])
+            full, expected, rounded = (one(ids).logits for one in (plain.hf_model, int8, w8a8))
+            with SingleTokenLinear():
+                for model in (int8, w8a8):
+                    found = model(ids).logits
+                    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            assert (found - full).norm() < (rounded - full).norm()
+
+
+def test_answers_of_recorded_steps_stay_right(model, document):
+    context, questions = document
+    kv = model.prefill(context).prune(0.3)
+    answers = []
+    with SingleTokenLinear():
+        for question in questions:
+            answers += model.ask(kv, [question.text], max_new_tokens=32)
+    assert sum(a == q.answer for a, q in zip(answers, questions, strict=True)) >= QUESTIONS - 1
+    by_torchao = model.ask(kv, [question.text for question in questions], max_new_tokens=32)
+    assert sum(a == b for a, b in zip(answers, by_torchao, strict=True)) >= QUESTIONS - 1
 
 
 def test_a_file_opens_with_the_same_quantisation_only(model, plain, tmp_path):

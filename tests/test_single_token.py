@@ -1,11 +1,13 @@
 """Linear layers of one token: found while a model runs, and in the graph that a compiler gets."""
 
+from shutil import which
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import lookup_backend
 from transformers.activations import ACT2FN
 
 from kvzip import single_token
@@ -83,29 +85,32 @@ def token(rows=1):
 
 @pytest.fixture
 def calls():
-    """How many matrices and biases each call of `matvec` was given; activations of gates."""
+    """How many matrices and biases each call of `matvec` was given; activations of gates.
+
+    Where there are scales, how many of them, too.
+    """
     seen = []
 
     class Counting:
-        def matvec(self, vector, matrices, biases):
-            seen.append((len(matrices), len(biases)))
-            return reference.matvec(vector, matrices, biases)
+        def matvec(self, vector, matrices, biases, scales):
+            seen.append((len(matrices), len(biases), *[len(scales)] * bool(scales)))
+            return reference.matvec(vector, matrices, biases, scales)
 
-        def gated_matvec(self, vector, gate, up, activation):
-            seen.append(activation)
-            return reference.gated_matvec(vector, gate, up, activation)
+        def gated_matvec(self, vector, gate, up, activation, scales):
+            seen.append((activation, len(scales)) if scales else activation)
+            return reference.gated_matvec(vector, gate, up, activation, scales)
 
     with mock.patch.object(single_token, "operations", return_value=Counting()):
         yield seen
 
 
-def compiled(block):
+def compiled(block, then=None):
     def backend(module, inputs):
         gate_linear(module.graph)
         join_linear(module.graph)
         module.graph.lint()
         module.recompile()
-        return module.forward
+        return lookup_backend(then)(module, inputs) if then else module.forward
 
     torch._dynamo.reset()
     return torch.compile(block, backend=backend, dynamic=False)
@@ -198,3 +203,121 @@ def test_other_functions_are_passed_on():
     with SingleTokenLinear():
         assert F.relu(torch.tensor([-1.0, 1.0])).tolist() == [0, 1]
         assert torch.zeros(2, dtype=torch.int64).sum() == 0
+
+
+def quantized(block, kind="int8", names=None, **settings):
+    """Linear layers, or those of some names, by torchao."""
+    torchao = pytest.importorskip("torchao.quantization")
+    config = {
+        "int8": torchao.Int8WeightOnlyConfig,
+        "w8a8": torchao.Int8DynamicActivationInt8WeightConfig,
+    }[kind]
+    settings = {name: getattr(torchao, value)() for name, value in settings.items()}
+    torchao.quantize_(
+        block.requires_grad_(False),
+        config(set_inductor_config=False, **settings),
+        lambda module, name: isinstance(module, nn.Linear) and (names is None or name in names),
+    )
+    return block
+
+
+def exact(block):
+    """The block with what quantised weights stand for, in float64."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            weight, bias = module.weight, module.bias
+            if type(weight).__name__ == "Int8Tensor":
+                weight = weight.qdata.double() * weight.scale.double()
+            module.weight = nn.Parameter(weight.double(), requires_grad=False)
+            if bias is not None:
+                module.bias = nn.Parameter(bias.double(), requires_grad=False)
+    return block
+
+
+def check_quantized(block, out):
+    expected = exact(block)(token().double())
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+def test_quantised_weights_are_read_as_they_are(made, kind, calls):
+    block = quantized(made, kind)
+    with SingleTokenLinear():
+        out = block(token())
+    assert calls == [(1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 0, 1)]
+    check_quantized(block, out)
+
+
+BACKENDS = [
+    None,
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(not which("g++"), reason="needs g++")),
+]
+
+
+@pytest.mark.parametrize("then", BACKENDS)
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+def test_quantised_layers_are_joined(made, kind, then, calls):
+    block = quantized(made, kind)
+    run = compiled(block, then)
+    with torch.no_grad():
+        run(token())
+        calls.clear()
+        out = run(token())
+    assert calls == [(3, 3, 3), (1, 1, 1)]
+    check_quantized(block, out)
+
+
+@pytest.mark.parametrize("then", BACKENDS)
+def test_quantised_gates_become_one_call(then, calls):
+    block = quantized(Gated(nn.SiLU()))
+    with torch.no_grad():
+        out = compiled(block, then)(token())
+    assert calls == [("silu", 2), (1, 1, 1)]
+    check_quantized(block, out)
+
+
+def test_quantised_and_plain_layers_are_not_joined(made, calls):
+    block = quantized(made, names=["first.0", "first.2"])
+    out = compiled(block)(token())
+    assert sorted(calls) == [(1, 1), (1, 1), (2, 2, 2)]
+    check_quantized(block, out)
+
+
+def test_a_gate_and_a_layer_of_another_kind_are_two_calls(calls):
+    block = quantized(Gated(nn.SiLU()), names=["gate"])
+    out = compiled(block)(token())
+    assert sorted(calls) == [(1, 0), (1, 0, 1), (1, 1)]
+    check_quantized(block, out)
+
+
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+def test_more_tokens_are_left_to_torchao(made, kind, calls):
+    block = quantized(made, kind)
+    with SingleTokenLinear():
+        out = block(token(3))
+    assert torch.equal(out, block(token(3)))
+    torch.testing.assert_close(compiled(block)(token(3)), out)
+    assert calls == []
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "compiled"])
+def test_weights_with_one_scale_are_left_to_torchao(made, running, calls):
+    block = quantized(made, granularity="PerTensor")
+    expected = block(token())
+    if running:
+        with SingleTokenLinear():
+            out = block(token())
+    else:
+        out = compiled(block)(token())
+    torch.testing.assert_close(out, expected)
+    assert calls == []
+
+
+def test_weights_whose_token_is_scaled_are_left_to_torchao(made, calls):
+    block = quantized(made)
+    block.last.weight.act_pre_scale = torch.full((1, 8), 2.0)
+    expected = block(token())
+    with SingleTokenLinear():
+        torch.testing.assert_close(block(token()), expected)
+    assert calls == [(1, 1, 1)] * 3

@@ -5,8 +5,12 @@
     fp8     weights and activations in 8-bit floating point (e4m3), scaled likewise
     int4    4-bit weights in groups of 128
 
-The last two run on NVIDIA devices in bfloat16. There, torchao's products of 8-bit integers are to
-be compiled (`ModelKVzip(compile=True)`): step by step, w8a8 is slow.
+The last two run on NVIDIA devices in bfloat16.
+
+Decoding steps that are recorded, of a single token, read the weights of int8 and w8a8 alike
+(`single_token.py`): there, w8a8 does not quantise activations, which would gain nothing. It does in
+all other passes. Steps of several questions are torchao's: its products of 8-bit integers are made
+for more than 16 rows, and those of fewer cannot be recorded after `ModelKVzip(compile=True)`.
 
 Embeddings and the output layer stay as they are. So do keys and values: `kv.prune(kv_dtype=...)`
 quantises those.

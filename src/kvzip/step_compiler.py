@@ -3,7 +3,8 @@
 Torch's compiler makes a kernel of what stands between linear layers. These themselves are found in
 its graphs first, where it is known that they read a single token: layers of the same token, such as
 the projections to queries, keys and values, become one call, what is added to a result becomes
-part of the call, and so does the activation of a gated MLP.
+part of the call, and so does the activation of a gated MLP. Of weights in 8 bits, codes and scales
+are handed on.
 """
 
 import operator
@@ -20,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 
 from kvzip.single_token import arguments, suits
+from kvzip.weights import INT8_PARTS, is_int8_by_row
 
 OPTIONS = {"combo_kernels": True}
 """Of torch's compiler: what is independent, such as work on queries and on keys, is one kernel."""
@@ -71,9 +73,10 @@ def gate_linear(graph: Graph) -> None:
             if pair is None:
                 continue
             gate, up, product = pair
-            vector, gate_matrix, _ = _arguments(gate)
+            vector = _arguments(gate)[0]
             with graph.inserting_before(product):
-                call = (vector, gate_matrix, _arguments(up)[1], name)
+                read, scales = _parts(graph, [_arguments(one)[1] for one in (gate, up)])
+                call = (vector, *read, name, scales)
                 joined = graph.call_function(torch.ops.kvzip.gated_matvec.default, call)
             _take_place(graph, joined, [product, activated, gate, up])
 
@@ -89,11 +92,12 @@ def _gated(activated: Node, settings: dict[str, Any]) -> tuple[Node, Node, Node]
     up = _other(product, activated)
     if not (_is_single_token(gate) and _is_single_token(up)):
         return None
-    (vector, _, gate_bias), (other, _, up_bias) = _arguments(gate), _arguments(up)
+    (vector, matrix, gate_bias), (other, up_matrix, up_bias) = _arguments(gate), _arguments(up)
+    alike = _is_quantized(matrix) == _is_quantized(up_matrix)
     alone = _only_user(gate) is activated and _only_user(up) is product
     unchanged = vector is other and not any(map(_in_place, vector.users))
     plain = gate_bias is None and up_bias is None
-    return (gate, up, product) if alone and unchanged and plain else None
+    return (gate, up, product) if alike and alone and unchanged and plain else None
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def join_linear(graph: Graph) -> None:
     Args:
         graph: of torch's compiler; nodes carry example values.
     """
-    together: dict[tuple[Node, bool], list[Layer]] = {}
+    together: dict[tuple[Node, bool, bool], list[Layer]] = {}
     for node in graph.find_nodes(op="call_function", target=F.linear):
         if not _is_single_token(node):
             continue
@@ -148,7 +152,8 @@ def join_linear(graph: Graph) -> None:
         if layer.total is not None or any(map(_in_place, layer.vector.users)):
             _replace(graph, [layer])
         else:
-            together.setdefault((layer.vector, layer.bias is None), []).append(layer)
+            alike = layer.vector, layer.bias is None, _is_quantized(layer.matrix)
+            together.setdefault(alike, []).append(layer)
     for layers in together.values():
         _replace(graph, layers)
 
@@ -171,7 +176,8 @@ def _replace(graph: Graph, layers: list[Layer]) -> None:
         matrices = [layer.matrix for layer in layers]
         biases = [layer.bias for layer in layers if layer.bias is not None]
         flat = [graph.call_method("flatten", (bias,)) for bias in biases]
-        call = (layers[0].vector, matrices, flat)
+        read, scales = _parts(graph, matrices)
+        call = (layers[0].vector, read, flat, scales)
         joined = graph.call_function(torch.ops.kvzip.matvec.default, call)
         parts = [joined]
         if len(layers) > 1:
@@ -181,6 +187,16 @@ def _replace(graph: Graph, layers: list[Layer]) -> None:
             parts = [cut((joined, -1, *span)) for span in spans]
     for layer, part in zip(layers, parts, strict=True):
         _take_place(graph, part, [layer.result, *([layer.linear] if layer.total else [])])
+
+
+def _parts(graph: Graph, matrices: list[Node]) -> tuple[list[Node], list[Node]]:
+    """What is to be read of weights of one kind, and the scales of their rows, if they have any."""
+    if not _is_quantized(matrices[0]):
+        return matrices, []
+    codes, scales = (
+        [graph.call_function(getattr, (matrix, part)) for matrix in matrices] for part in INT8_PARTS
+    )
+    return codes, [graph.call_method("flatten", (one,)) for one in scales]
 
 
 def _take_place(graph: Graph, new: Node, old: list[Node]) -> None:
@@ -198,6 +214,10 @@ def _is_single_token(node: Any) -> bool:
     vector, matrix, bias = _arguments(node)
     constant = all(one is None or one.op in ("placeholder", "get_attr") for one in (matrix, bias))
     return constant and suits(_example(vector), _example(matrix))
+
+
+def _is_quantized(matrix: Node) -> bool:
+    return is_int8_by_row(_example(matrix))
 
 
 def _other(both: Node, one: Node) -> Any:

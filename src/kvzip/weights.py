@@ -7,12 +7,16 @@ layers of a cache follow: their pairs are where the model's layer made them.
 
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvzip.errors import KVzipError
+
+INT8_PARTS = ("qdata", "scale")
+"""Attributes of torchao's `Int8Tensor`: codes `[N, K]`, int8; scales, of its rows `[N, 1]`."""
 
 
 def on_one_device(model: PreTrainedModel) -> bool:
@@ -42,6 +46,19 @@ def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         owner, _, short = name.rpartition(".")
         weight = getattr(module := model.get_submodule(owner), short)
         yield from _parts(name, _fetch(module, short) if weight.is_meta else weight.detach())
+
+
+def is_int8_by_row(weight: Any) -> bool:
+    """Whether torchao holds a matrix in 8 bits, and codes times scales of rows are all it is.
+
+    Zero points are beside them: torchao makes weights without, and its linear layers add none.
+    """
+    return (
+        type(weight).__name__ == "Int8Tensor"
+        and weight.ndim == 2
+        and weight.scale.shape == (len(weight), 1)
+        and weight.act_pre_scale is None
+    )
 
 
 def _is_codes(buffer: Tensor) -> bool:

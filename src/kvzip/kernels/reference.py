@@ -339,35 +339,56 @@ def append(
     tail_values.index_copy_(2, column, values)
 
 
-def matvec(vector: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def matvec(
+    vector: Tensor,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    scales: Sequence[Tensor] = (),
+) -> Tensor:
     """Linear layers of one token.
 
     Args:
         vector: `[..., K]`, of a single row.
-        matrices: `[N_i, K]`, contiguous, in the same dtype.
+        matrices: `[N_i, K]`, contiguous, in the same dtype; or int8.
         biases: `[N_i]` for each of them, or none at all.
+        scales: of the rows of int8 matrices, `[N_i]` for each, in float32 or the vector's dtype;
+            none for others.
 
     Returns:
-        `[..., N_1 + N_2 + ...]`.
+        `[..., N_1 + N_2 + ...]`, in the vector's dtype.
     """
     added: list[Tensor | None] = [*biases] or [None] * len(matrices)
-    each = zip(matrices, added, strict=True)
-    return torch.cat([F.linear(vector, matrix, bias) for matrix, bias in each], dim=-1)
+    scaled: list[Tensor | None] = [*scales] or [None] * len(matrices)
+    each = zip(matrices, added, scaled, strict=True)
+    return torch.cat([_linear(vector, *parts) for parts in each], dim=-1)
 
 
-def gated_matvec(vector: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def gated_matvec(
+    vector: Tensor, gate: Tensor, up: Tensor, activation: str, scales: Sequence[Tensor] = ()
+) -> Tensor:
     """The first two linear layers of a gated MLP and what is between them, of one token.
 
     Args:
         vector: `[..., K]`, of a single row.
-        gate: `[N, K]`, contiguous, in the same dtype.
+        gate: `[N, K]`, contiguous, in the same dtype; or int8.
         up: likewise.
         activation: name of the gate's activation, one of `ACTIVATIONS`.
+        scales: of the rows of both, as in `matvec`.
 
     Returns:
-        `[..., N]`.
+        `[..., N]`, in the vector's dtype.
     """
-    return ACTIVATIONS[activation](F.linear(vector, gate)) * F.linear(vector, up)
+    gate_scales, up_scales = scales or (None, None)
+    opened = ACTIVATIONS[activation](_linear(vector, gate, None, gate_scales))
+    return opened * _linear(vector, up, None, up_scales)
+
+
+def _linear(vector: Tensor, matrix: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
+    if scales is None:
+        return F.linear(vector, matrix, bias)
+    accumulate = _accumulation_dtype(vector)
+    out = F.linear(vector.to(accumulate), matrix.to(accumulate)) * scales
+    return (out if bias is None else out + bias).to(vector.dtype)
 
 
 def _attend(
