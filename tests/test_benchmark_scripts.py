@@ -25,16 +25,45 @@ def lines(script, arguments: list[str], monkeypatch, capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+PIECES = ["--piece", "120", "--drawn", "40"]
+
+
 def test_training_is_timed_stage_by_stage(monkeypatch, capsys):
-    arguments = ["--samples", "5", "--piece", "120", "--drawn", "40"]
-    linear, mlp = lines(surrogate_training, arguments, monkeypatch, capsys)
+    said = lines(surrogate_training, ["--samples", "5", *PIECES], monkeypatch, capsys)
+    stages = ["warm-up", "samples apart", "score", "fit", None]
+    assert [line.get("done") for line in said] == ["model", *stages, *stages]
+    assert said[0]["seconds_to_make_it"] > 0
+    linear, mlp = said[5], said[10]
     assert (linear["kind"], linear["hidden_dim"]) == ("linear", None)
     assert (mlp["kind"], mlp["hidden_dim"]) == ("mlp", 64 // 8)
     for line in (linear, mlp):
         assert [*line["seconds"]] == ["score", "fit", "check"]
         assert min(line["seconds"].values()) > 0
+        apart = line["seconds_a_sample_apart"]
+        assert [*apart] == ["read", "score", "add", "projection_products_once"]
+        assert min(apart.values()) > 0
         assert (line["samples_fitted"], line["samples_held_out"]) == (4, 1)
         assert line["tokens_fitted"] == 160
+    known = {key: value for key, value in said[3].items() if key not in ("done", "seconds")}
+    assert known.items() <= linear.items()
+    assert said[3]["seconds"] == {"score": linear["seconds"]["score"]}
+
+
+def test_training_that_stops_in_time_says_what_it_learnt_from(monkeypatch, capsys):
+    arguments = ["--kind", "linear", "--samples", "40", "--seconds", "0", *PIECES]
+    line = lines(surrogate_training, arguments, monkeypatch, capsys)[-1]
+    assert (line["samples"], line["seconds_allowed"]) == (40, 0)
+    assert (line["samples_fitted"], line["samples_held_out"]) == (1, 1)
+    assert line["tokens_fitted"] == 40
+
+
+def test_training_tells_on_the_way_how_far_it_came(monkeypatch, capsys):
+    monkeypatch.setattr(surrogate_training, "TOLD", 2)
+    arguments = ["--kind", "linear", "--samples", "6", *PIECES, *TINY]
+    monkeypatch.setattr(sys, "argv", ["surrogate_training.py", *arguments])
+    surrogate_training.main()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert [json.loads(line)["samples"] for line in told] == [2, 4]
 
 
 def test_long_answers_shrink_as_often_as_their_blocks_fill(monkeypatch, capsys):
@@ -62,9 +91,8 @@ def test_what_a_block_took_is_taken_apart():
 
 def test_nothing_is_printed_of_a_surrogate_that_is_not_finite():
     module = Module(torch.tensor([[torch.nan]]), torch.zeros(1))
-    trained = surrogate_training.Trained([module], [0.0], 1, 1, 1)
     with pytest.raises(SystemExit, match="no figure"):
-        surrogate_training.refuse_what_is_not_finite(trained)
+        surrogate_training.refuse_what_is_not_finite([module])
 
 
 def test_quantised_weights_are_measured_beside_plain_ones(monkeypatch, capsys):

@@ -143,3 +143,10 @@ def test_texts_that_do_not_suffice(refused, folder, texts, tmp_path):
     texts[0].write_text(WORDS * 90)
     said = refused(*arguments, "--piece", 800, model=True)
     assert "of the model's 1024 positions" in said
+
+
+def test_an_mlp_that_needs_more_memory_than_there_is(refused, folder, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvzip.surrogates.training.host_memory", lambda: 10**6)
+    arguments = ("-m", folder, "--text", *texts, "-o", tmp_path / "surrogate", "--piece", 100)
+    said = refused(*arguments, "--kind", "mlp", model=True)
+    assert "of the host's memory, where 0.0 GB are left: draw fewer tokens" in said

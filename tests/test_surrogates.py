@@ -15,7 +15,7 @@ from kvzip import KVzipError, ModelKVzip
 from kvzip.budget import Budget
 from kvzip.cli import main
 from kvzip.errors import KVzipWarning
-from kvzip.scoring import get_scorer, is_surrogate
+from kvzip.scoring import contribution, get_scorer, is_surrogate
 from kvzip.storage import read_header
 from kvzip.surrogates import fast_kvzip, kvzap, training
 from models import (
@@ -727,6 +727,47 @@ def test_pieces():
 def test_too_little_text(count):
     with pytest.raises(KVzipError, match=f"{count} piece.*give more text"):
         training.train(shared_model(), [random_ids(50)] * count, hidden_dim=None)
+
+
+def test_output_projections_are_multiplied_once_for_all_pieces(monkeypatch):
+    made: list[int] = []
+    products = contribution.projection_products
+
+    def counted(*arguments):
+        made.append(1)
+        return products(*arguments)
+
+    monkeypatch.setattr(contribution, "projection_products", counted)
+    pieces = [random_ids(30, seed=seed) for seed in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    assert len(list(training.draw(shared_model(), pieces, 10, generator, lambda done: None))) == 3
+    assert len(made) == 1
+
+
+def test_an_mlp_whose_tokens_do_not_fit_into_memory_is_refused(monkeypatch):
+    model, pieces = shared_model(), training.cut([random_ids(330)], 50)
+    weights = sum(parameter.nbytes for parameter in model.hf_model.parameters())
+    layers, heads = len(model.geometry.layers), model.geometry.layers[0].kv_heads
+    width = model.hf_model.config.hidden_size
+    needed = 5 * 40 * layers * (width * 4 + heads * 4)  # 5 of 6 pieces, 40 tokens each, float32
+    calls: list[str] = []
+
+    def train(memory: int | None, hidden_dim: int | None = 4) -> training.Trained:
+        monkeypatch.setattr(training, "host_memory", lambda: memory)
+        return training.train(
+            model,
+            pieces,
+            hidden_dim=hidden_dim,
+            drawn=40,
+            progress=lambda stage, done, total: calls.append(stage),
+        )
+
+    with pytest.raises(KVzipError, match=r"at once: 200 of them .* draw fewer .* linear surrogate"):
+        train(weights + needed - 1)
+    assert calls == []  # before anything is read
+    assert train(weights + needed).tokens == 200
+    assert train(None).tokens == 200
+    assert train(0, hidden_dim=None).tokens == 200  # sums only
 
 
 def test_folders_that_cannot_be_written(tmp_path):

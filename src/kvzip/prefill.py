@@ -29,7 +29,7 @@ def run(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> None:
     seen = cache.get_seq_length()
     positions = torch.arange(seen, seen + len(token_ids), device=model.device)
     model.base_model(
-        input_ids=token_ids[None].to(model.device),
+        input_ids=token_ids[None].to(model.device, non_blocking=True),
         position_ids=positions[None],
         past_key_values=cache,
         use_cache=True,

@@ -37,6 +37,7 @@ def score(
     chunk_size: int = CHUNK_SIZE,
     reach: str = "context",
     progress: Progress = silent,
+    products: Mapping[int, Tensor] | None = None,
 ) -> Scores:
     """Score every context pair of the layers with full attention.
 
@@ -49,6 +50,7 @@ def score(
             the context leave room for fewer.
         reach: what a repeat attends to, `"context"` or `"chunk"`.
         progress: called with `("score", done, total)` after each chunk.
+        products: see `projection_products`, made if None; who scores many contexts makes them once.
 
     Returns:
         Scores `[L, H, n]`, each the largest share of a hidden state that the pair adds to any
@@ -59,12 +61,9 @@ def score(
             model's output projections are not found or quantised.
     """
     require_full(kv)
-    modules = attention_modules(model)
-    contributions = {
-        index: Contribution(output_weight(modules[index]), layer.held.dense_values().shape[-1])
-        for index, layer in enumerate(kv.layers)
-        if isinstance(layer, ContextLayer)
-    }
+    if products is None:
+        products = projection_products(model, kv)
+    contributions = {index: Contribution(product) for index, product in products.items()}
     with observed_hidden_states(model, lambda index, hidden: _read(contributions, index, hidden)):
         values = score_chunks(
             model,
@@ -79,21 +78,47 @@ def score(
     return Scores(values, scorer_name(reach, "reconstruction+"))
 
 
+def projection_products(model: PreTrainedModel, kv: ContextCache) -> dict[int, Tensor]:
+    """WᵀW of each layer that is scored, by which ‖W v‖² = v · WᵀW v takes less than W v.
+
+    Args:
+        model: the model.
+        kv: any full cache of it.
+
+    Returns:
+        By layer, `[Hq, D, D]`, float32 or wider: W is what reads a query head in the layer's
+        output projection.
+
+    Raises:
+        KVzipError: if output projections are not found or quantised.
+    """
+    modules = attention_modules(model)
+    return {
+        index: _products(output_weight(modules[index]), layer.held.dense_values().shape[-1])
+        for index, layer in enumerate(kv.layers)
+        if isinstance(layer, ContextLayer)
+    }
+
+
+def _products(weight: Tensor, head_dim: int) -> Tensor:
+    """`[Hq, D, D]` from `[hidden, Hq * D]`."""
+    accumulate = torch.promote_types(weight.dtype, torch.float32)
+    heads = weight.to(accumulate).unflatten(1, (-1, head_dim)).transpose(0, 1)
+    return torch.matmul(heads.mT, heads)
+
+
 class Contribution:
     """Norms of one layer's hidden states, and of what its values become behind the projection.
 
     Args:
-        weight: `[hidden, Hq * D]`, of the output projection.
-        head_dim: D.
+        products: `[Hq, D, D]`, see `projection_products`.
     """
 
     inverse_norms: Tensor
     """`[t]`: `1 / ‖h‖` in the forward pass that is under way, 0 where h is."""
 
-    def __init__(self, weight: Tensor, head_dim: int) -> None:
-        accumulate = torch.promote_types(weight.dtype, torch.float32)
-        heads = weight.to(accumulate).unflatten(1, (-1, head_dim)).transpose(0, 1)
-        self.products = heads.mT @ heads  # [Hq, D, D]: ‖W v‖² = v · WᵀW v, for less than W v
+    def __init__(self, products: Tensor) -> None:
+        self.products = products
 
     def read(self, hidden: Tensor) -> None:
         """Take note of the attention input, `[1, t, hidden]`."""

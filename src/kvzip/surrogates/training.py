@@ -14,7 +14,7 @@ Some pieces are held out. How much of the variance of their log-scores is explai
 says how good a surrogate is.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -25,8 +25,10 @@ from torch import Tensor
 from kvzip.cache import ContextCache
 from kvzip.errors import KVzipError
 from kvzip.hidden_states import observed_hidden_states
+from kvzip.host_memory import host_memory
 from kvzip.model import ModelKVzip
 from kvzip.prefill import Progress, silent
+from kvzip.scoring import contribution
 from kvzip.surrogates.kvzap import Module
 
 TARGET = "reconstruction+"
@@ -112,30 +114,61 @@ def train(
         progress: called with a stage's name, what is done and what there is in all.
 
     Raises:
-        KVzipError: if there are not two pieces, one to fit to and one to hold out, or a piece is
-            too long for the model.
+        KVzipError: if there are not two pieces, one to fit to and one to hold out, a piece is too
+            long for the model, or the tokens of an MLP do not fit into the host's memory.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fitted, held_out = split(pieces, generator)
+    if hidden_dim is not None:
+        refuse_too_many(model, sum(min(len(piece), drawn) for piece in fitted))
+    fit = fitting(hidden_dim, generator)
+    count = 0
+    for tokens in draw(
+        model, fitted, drawn, generator, lambda done: progress(SCORING, done, len(fitted))
+    ):
+        fit.add(tokens)
+        count += tokens.log_scores.shape[1]
+    modules = fit.modules(lambda done, total: progress(FITTING, done, total))
+    unseen = draw(
+        model, held_out, drawn, generator, lambda done: progress(CHECKING, done, len(held_out))
+    )
+    return Trained(modules, explained(modules, unseen), len(fitted), len(held_out), count)
+
+
+def split(
+    pieces: Sequence[Tensor], generator: torch.Generator
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Pieces to fit to, and pieces to hold out, at random.
+
+    Raises:
+        KVzipError: if there is not one of each.
     """
     if len(pieces) < 2:
         raise KVzipError(
             f"the text makes {len(pieces)} piece{'s' * (len(pieces) != 1)}, and one has to be held "
             "out: give more text, or choose shorter pieces"
         )
-    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(pieces), generator=generator).tolist()
     held_out = ceil(HELD_OUT * len(pieces))
-    fitted = [pieces[i] for i in order[held_out:]]
-    checked = [pieces[i] for i in order[:held_out]]
-    tokens = draw(
-        model, fitted, drawn, generator, lambda done: progress(SCORING, done, len(fitted))
-    )
-    fit = Ridge() if hidden_dim is None else Perceptrons(hidden_dim, generator)
-    count = 0
-    for piece in tokens:
-        fit.add(piece)
-        count += piece.log_scores.shape[1]
-    modules = fit.modules(lambda done, total: progress(FITTING, done, total))
-    unseen = draw(model, checked, drawn, generator, lambda done: progress(CHECKING, done, held_out))
-    return Trained(modules, explained(modules, unseen), len(fitted), held_out, count)
+    return [pieces[i] for i in order[held_out:]], [pieces[i] for i in order[:held_out]]
+
+
+def refuse_too_many(model: ModelKVzip, tokens: int) -> None:
+    """Raise KVzipError if so many drawn tokens do not fit into the host's memory, for an MLP."""
+    memory = host_memory()
+    if memory is None:
+        return
+    config = model.hf_model.config.get_text_config(decoder=True)
+    heads = sum(model.geometry.layers[layer].kv_heads for layer in model.geometry.prunable)
+    inputs = len(model.geometry.prunable) * config.hidden_size * model.hf_model.dtype.itemsize
+    taken = sum(part.nbytes for part in model.hf_model.parameters() if part.device.type == "cpu")
+    needed, room = tokens * (inputs + heads * torch.float32.itemsize), memory - taken
+    if needed > room:
+        raise KVzipError(
+            f"an MLP is fitted to all drawn tokens at once: {tokens:,} of them take "
+            f"{needed / 1e9:,.1f} GB of the host's memory, where {max(0, room) / 1e9:,.1f} GB are "
+            "left: draw fewer tokens from a piece, give less text, or train a linear surrogate"
+        )
 
 
 def draw(
@@ -146,21 +179,31 @@ def draw(
     progress: Callable[[int], None],
 ) -> Iterator[Drawn]:
     """Read and score pieces, and draw tokens from each of them."""
+    products = None
     for done, piece in enumerate(pieces, start=1):
         rows = torch.randperm(len(piece), generator=generator)[:drawn]
-        hidden, kv = _read(model, piece, rows)
-        model.score(kv, scorer=TARGET)
-        assert kv.scores is not None
-        scores = kv.scores.values[..., rows].transpose(1, 2)
+        hidden, kv = read(model, piece, rows)
+        if products is None:  # of weights alone: once for all pieces
+            products = contribution.projection_products(model.hf_model, kv)
+        scores = score(model, kv, products)[..., rows].transpose(1, 2)
         del kv  # before the next piece is read
         yield Drawn(hidden, scores.clamp_min(LEAST_SCORE).log())
         progress(done)
 
 
-def _read(model: ModelKVzip, piece: Tensor, rows: Tensor) -> tuple[list[Tensor], ContextCache]:
-    """Read a piece in one go, and hold the attention inputs of some of its tokens."""
+def read(model: ModelKVzip, piece: Tensor, rows: Tensor) -> tuple[list[Tensor], ContextCache]:
+    """Read a piece in one go, and hold the attention inputs of some of its tokens.
+
+    Args:
+        model: the model.
+        piece: token ids `[n]`.
+        rows: `[k]`, int64, which tokens.
+
+    Returns:
+        `[k, d]` of each layer that is scored, and the cache.
+    """
     p = len(model.prompts.prefix_ids())
-    places = (p + rows).to(model.hf_model.device)  # once: a copy from the host waits for the device
+    places = (p + rows).to(model.hf_model.device, non_blocking=True)  # for all layers, once
     hidden: dict[int, Tensor] = {}
 
     def see(index: int, states: Tensor) -> None:
@@ -169,6 +212,29 @@ def _read(model: ModelKVzip, piece: Tensor, rows: Tensor) -> tuple[list[Tensor],
     with observed_hidden_states(model.hf_model, see):
         kv = model.read(piece, chunk_size=p + len(piece))
     return [hidden[index] for index in model.geometry.prunable], kv
+
+
+def score(model: ModelKVzip, kv: ContextCache, products: Mapping[int, Tensor]) -> Tensor:
+    """KVzip+ scores of a piece, `[L, H, n]`, float32, on the CPU.
+
+    Args:
+        model: the model.
+        kv: the piece, as `read` returns it.
+        products: see `contribution.projection_products`.
+    """
+    scores = contribution.score(
+        model.hf_model,
+        model.prompts,
+        kv,
+        max_positions=model.geometry.max_positions,
+        products=products,
+    )
+    return scores.values
+
+
+def fitting(hidden_dim: int | None, generator: torch.Generator) -> "Ridge | Perceptrons":
+    """What is fitted to tokens: see `train`."""
+    return Ridge() if hidden_dim is None else Perceptrons(hidden_dim, generator)
 
 
 class Ridge:
@@ -181,7 +247,7 @@ class Ridge:
         """Take note of tokens."""
         if not self._sums:
             self._sums = [_no_products(part, tokens.log_scores) for part in tokens.hidden]
-        scores = tokens.log_scores.to(tokens.hidden[0].device)  # in one go, see `_read`
+        scores = tokens.log_scores.to(tokens.hidden[0].device, non_blocking=True)  # in one go
         layers = zip(self._sums, tokens.hidden, scores, strict=True)
         for (square, cross), hidden, log_scores in layers:
             rows = F.pad(hidden.double(), (0, 1), value=1.0)
