@@ -315,9 +315,9 @@ def test_spans_count_for_the_pairs_of_a_head_and_its_best_others_are_added():
 
 @pytest.mark.parametrize("level", ["pair", "pair-uniform"])
 @pytest.mark.parametrize(
-    ("ratio", "window", "favoured"), [(0.5, 4, 4), (0.5, 40, 12), (0.3, 40, 7), (0.05, 4, 1)]
+    ("ratio", "window", "favoured"), [(0.5, 4, 4), (0.5, 40, 6), (0.3, 40, 3), (0.05, 4, 0)]
 )
-def test_the_last_tokens_come_first_within_a_quarter_of_the_budget(level, ratio, window, favoured):
+def test_the_last_tokens_come_first_within_an_eighth_of_the_budget(level, ratio, window, favoured):
     """Of 100 tokens; the best scores are those of the first."""
     scores = -torch.arange(100.0).expand(2, 3, 100).contiguous()
     kept = select(scores, ratio, level, window=window)
@@ -332,7 +332,7 @@ def test_evicted_pairs_of_the_last_tokens_never_return():
     scores[0, 0, 95:] = -torch.inf
     kept = select(scores, 0.5, window=10)
     assert not kept[0, 0, 95:].any()
-    assert kept[1, :, 90:].all()
+    assert kept[1, :, 94:].all()
     assert int(kept.sum()) == 300
 
 

@@ -38,7 +38,7 @@ def select(
     what is left of it; so at level `head` fewer heads are whole, and the others keep what is
     required.
 
-    Pairs of the last `window` tokens come before the others, as far as a quarter of the budget goes
+    Pairs of the last `window` tokens come before the others, as far as an eighth of the budget goes
     (not at level `head`, and not with a threshold: see `with_last`).
 
     A ratio asks for its number of pairs. Tokens and bytes are limits: where a cache holds less, all
@@ -142,10 +142,10 @@ def favour_last(scores: Tensor, window: int, quota: Fraction) -> Tensor:
 
     Args:
         scores: `[L, H, n]`, `-inf` for pairs that are no longer there.
-        window: last tokens to favour, as far as a quarter of the quota goes.
+        window: last tokens to favour, as far as an eighth of the quota goes.
         quota: pairs that a head keeps on average.
     """
-    tokens = min(window, floor(quota / 4), scores.shape[-1])
+    tokens = min(window, floor(quota / 8), scores.shape[-1])
     if not tokens:
         return scores
     earlier, last = scores.split([scores.shape[-1] - tokens, tokens], dim=-1)
