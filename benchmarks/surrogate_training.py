@@ -39,7 +39,7 @@ from kvzip.benchmarks.provenance import provenance
 from kvzip.benchmarks.timing import settle
 from kvzip.cli.train_surrogate import HIDDEN_SHARE, Kind
 from kvzip.scoring.contribution import projection_products
-from kvzip.surrogates import training
+from kvzip.surrogates import fitting, training
 from kvzip.surrogates.kvzap import Module
 
 WARM_UP = 2
@@ -98,7 +98,7 @@ def measure(model: ModelKVzip, kind: Kind, options: argparse.Namespace) -> dict[
     }
     say("warm-up", known)
     known["seconds_a_sample_apart"] = take_apart(
-        model, training.fitting(hidden_dim, generator), ids[:APART], options.drawn
+        model, fitting.begin_fit(hidden_dim, generator), ids[:APART], options.drawn
     )
     say("samples apart", known)
     if device.type == "cuda":
@@ -106,7 +106,7 @@ def measure(model: ModelKVzip, kind: Kind, options: argparse.Namespace) -> dict[
         known["device_bytes_of_weights"] = sum(p.nbytes for p in model.hf_model.parameters())
         known["device_bytes_before"] = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    fit = training.fitting(hidden_dim, generator)
+    fit = fitting.begin_fit(hidden_dim, generator)
     clock = Clock(device)
     seconds = known["seconds"] = {}
     count = 0
@@ -122,7 +122,7 @@ def measure(model: ModelKVzip, kind: Kind, options: argparse.Namespace) -> dict[
     say("fit", known)
     refuse_what_is_not_finite(modules)
     unseen = held_out[: ceil(count * len(held_out) / len(fitted))]
-    training.explained(
+    fitting.explained(
         modules, training.draw(model, unseen, options.drawn, generator, lambda done: None)
     )
     seconds["check"] = clock.lap()
@@ -135,7 +135,7 @@ def measure(model: ModelKVzip, kind: Kind, options: argparse.Namespace) -> dict[
 
 
 def take_apart(
-    model: ModelKVzip, fit: training.Ridge | training.Perceptrons, ids: Tensor, drawn: int
+    model: ModelKVzip, fit: fitting.Ridge | fitting.Perceptrons, ids: Tensor, drawn: int
 ) -> dict[str, float]:
     """Median seconds of each step of a sample, with a wait for the device behind each."""
     laps: dict[str, list[float]] = {"read": [], "score": [], "add": []}
@@ -152,7 +152,7 @@ def take_apart(
         scores = training.score(model, kv, products)[..., rows].transpose(1, 2)
         del kv
         laps["score"].append(clock.lap())
-        fit.add(training.Drawn(hidden, scores.clamp_min(training.LEAST_SCORE).log()))
+        fit.add(fitting.Drawn(hidden, scores.clamp_min(training.LEAST_SCORE).log()))
         laps["add"].append(clock.lap())
     medians = {step: statistics.median(each) for step, each in laps.items()}
     return {**medians, "projection_products_once": once}
@@ -163,7 +163,7 @@ def in_time(
     pieces: list[Tensor],
     generator: torch.Generator,
     options: argparse.Namespace,
-) -> Iterator[training.Drawn]:
+) -> Iterator[fitting.Drawn]:
     """Tokens drawn from pieces, from the first one on until the seconds allowed are over."""
     start = perf_counter()
 

@@ -17,7 +17,7 @@ from kvzip.cli import main
 from kvzip.errors import KVzipWarning
 from kvzip.scoring import contribution, get_scorer, is_surrogate
 from kvzip.storage import read_header
-from kvzip.surrogates import fast_kvzip, kvzap, training
+from kvzip.surrogates import fast_kvzip, fitting, kvzap, training
 from models import (
     GEMMA3_LAYERS,
     assert_same,
@@ -549,12 +549,12 @@ def test_settings_that_do_not_go_together(tmp_path):
 # Training
 
 
-def synthetic(pieces: int, function, layers: int = 2, seed: int = 0) -> list[training.Drawn]:
+def synthetic(pieces: int, function, layers: int = 2, seed: int = 0) -> list[fitting.Drawn]:
     torch.manual_seed(seed)
     drawn = []
     for _ in range(pieces):
         hidden = [torch.randn(200, 8) * 2 + 1 for _ in range(layers)]
-        drawn.append(training.Drawn(hidden, torch.stack([function(part) for part in hidden])))
+        drawn.append(fitting.Drawn(hidden, torch.stack([function(part) for part in hidden])))
     return drawn
 
 
@@ -572,7 +572,7 @@ def unheard(done: int, total: int) -> None: ...
 
 def test_ridge_equals_the_textbook():
     drawn = synthetic(7, noisy_linear)
-    ridge = training.Ridge()
+    ridge = fitting.Ridge()
     for tokens in drawn:
         ridge.add(tokens)
     for layer, module in enumerate(ridge.modules(unheard)):
@@ -587,7 +587,7 @@ def test_ridge_equals_the_textbook():
 
 
 def test_ridge_holds_sums_only():
-    ridge, sizes = training.Ridge(), []
+    ridge, sizes = fitting.Ridge(), []
     for tokens in synthetic(5, noisy_linear):
         ridge.add(tokens)
         sizes.append([part.shape for sums in ridge._sums for part in sums])
@@ -596,11 +596,11 @@ def test_ridge_holds_sums_only():
 
 def test_explained_variance_equals_the_textbook():
     drawn, unseen = synthetic(5, noisy_linear), synthetic(3, noisy_linear, seed=1)
-    ridge = training.Ridge()
+    ridge = fitting.Ridge()
     for tokens in drawn:
         ridge.add(tokens)
     modules = ridge.modules(unheard)
-    for layer, share in enumerate(training.explained(modules, unseen)):
+    for layer, share in enumerate(fitting.explained(modules, unseen)):
         x = torch.cat([tokens.hidden[layer] for tokens in unseen]).double()
         y = torch.cat([tokens.log_scores[layer] for tokens in unseen]).double()
         module = modules[layer]
@@ -613,19 +613,19 @@ def test_explained_variance_equals_the_textbook():
 def test_an_mlp_learns_what_a_line_cannot():
     drawn, unseen = synthetic(80, bump), synthetic(3, bump, seed=1)
     shares = []
-    for fit in (training.Ridge(), training.Perceptrons(16, torch.Generator().manual_seed(0))):
+    for fit in (fitting.Ridge(), fitting.Perceptrons(16, torch.Generator().manual_seed(0))):
         for tokens in drawn:
             fit.add(tokens)
-        shares.append(min(training.explained(fit.modules(unheard), unseen)))
+        shares.append(min(fitting.explained(fit.modules(unheard), unseen)))
     assert shares[0] < 0.5
     assert shares[1] > 0.85
 
 
 def test_layers_that_are_fitted_together_learn_as_if_alone(monkeypatch):
     modules, groups = [], []
-    for room in (training.GROUP_BYTES, 2 * 5 * 200 * 8 * 4, 1):
-        monkeypatch.setattr(training, "GROUP_BYTES", room)
-        fit = training.Perceptrons(4, torch.Generator().manual_seed(0))
+    for room in (fitting.GROUP_BYTES, 2 * 5 * 200 * 8 * 4, 1):
+        monkeypatch.setattr(fitting, "GROUP_BYTES", room)
+        fit = fitting.Perceptrons(4, torch.Generator().manual_seed(0))
         for tokens in synthetic(5, bump, layers=3):
             fit.add(tokens)
         done: list[int] = []
@@ -645,7 +645,7 @@ def test_gradients_are_cut_layer_by_layer():
         part.grad = torch.randn(part.shape)
         part.grad[1] *= 1e-3
     before = [part.grad.clone() for part in parts]
-    training._clip_gradients(parts)
+    fitting._clip_gradients(parts)
     norm = torch.cat([part[0].flatten() for part in before]).norm()
     assert norm > 1
     for part, old in zip(parts, before, strict=True):
