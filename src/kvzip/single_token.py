@@ -35,7 +35,8 @@ class SingleTokenLinear(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             vector, matrix, bias = arguments(*args, **kwargs)
-            if suits(vector, matrix):
+            # a weight that was just computed, such as a copy in float32, may be read too early
+            if isinstance(matrix, torch.nn.Parameter) and suits(vector, matrix):
                 read, scales = _parts(matrix)
                 return matvec(vector, [read], [] if bias is None else [bias], scales)
         return func(*args, **kwargs)

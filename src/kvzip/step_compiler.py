@@ -33,6 +33,7 @@ GATES: dict[Any, tuple[str, dict[str, Any]]] = {
 """Activations of gated MLPs: their names, and the keyword arguments that they are called with."""
 
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+"""Functions that write to their first argument and are not named for it."""
 
 
 def compile_forward(model: PreTrainedModel) -> Callable[..., Any]:
@@ -54,18 +55,31 @@ def compile_forward(model: PreTrainedModel) -> Callable[..., Any]:
 def _compile(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx  # takes long to import
 
-    gate_linear(module.graph)
-    join_linear(module.graph)
+    rewrite(module.graph)
     module.recompile()
     compiled: Any = compile_fx(module, inputs, config_patches=OPTIONS)
     return compiled  # type: ignore[no-any-return]
+
+
+def rewrite(graph: Graph) -> None:
+    """Replace linear layers of one token by calls that do more at once.
+
+    What a call reads may be computed later than by the layers in its place. So a graph in which
+    anything is written in place is left alone.
+
+    Args:
+        graph: of torch's compiler; nodes carry example values.
+    """
+    if not any(map(_writes, graph.nodes)):
+        gate_linear(graph)  # first, since the other joins whatever reads the same token
+        join_linear(graph)
 
 
 def gate_linear(graph: Graph) -> None:
     """Replace gated pairs of linear layers of one token: `activation(gate(x)) * up(x)`.
 
     Args:
-        graph: of torch's compiler; nodes carry example values.
+        graph: without writes in place.
     """
     for function, (name, settings) in GATES.items():
         for activated in graph.find_nodes(op="call_function", target=function):
@@ -83,21 +97,22 @@ def gate_linear(graph: Graph) -> None:
 
 def _gated(activated: Node, settings: dict[str, Any]) -> tuple[Node, Node, Node] | None:
     """The gate, the layer beside it, and their product, if nothing else uses any of it."""
-    gate: Any
-    gate, *more = activated.args
     given = {name: value for name, value in activated.kwargs.items() if name != "inplace"}
     product = _only_user(activated)
-    if more or given != settings or product is None or product.target is not operator.mul:
+    if len(activated.args) != 1 or given != settings:
         return None
+    if product is None or product.target is not operator.mul:
+        return None
+    gate: Any = activated.args[0]
     up = _other(product, activated)
     if not (_is_single_token(gate) and _is_single_token(up)):
         return None
     (vector, matrix, gate_bias), (other, up_matrix, up_bias) = _arguments(gate), _arguments(up)
     alike = _is_quantized(matrix) == _is_quantized(up_matrix)
+    paired = vector is other and _example(matrix).shape == _example(up_matrix).shape
     alone = _only_user(gate) is activated and _only_user(up) is product
-    unchanged = vector is other and not any(map(_in_place, vector.users))
     plain = gate_bias is None and up_bias is None
-    return (gate, up, product) if alike and alone and unchanged and plain else None
+    return (gate, up, product) if alike and paired and alone and plain else None
 
 
 @dataclass(frozen=True)
@@ -142,14 +157,14 @@ def join_linear(graph: Graph) -> None:
     A sum with something else, such as the residual stream, becomes part of the call.
 
     Args:
-        graph: of torch's compiler; nodes carry example values.
+        graph: without writes in place.
     """
     together: dict[tuple[Node, bool, bool], list[Layer]] = {}
     for node in graph.find_nodes(op="call_function", target=F.linear):
         if not _is_single_token(node):
             continue
         layer = Layer(node, _sum(node) if _arguments(node)[2] is None else None)
-        if layer.total is not None or any(map(_in_place, layer.vector.users)):
+        if layer.total is not None:
             _replace(graph, [layer])
         else:
             alike = layer.vector, layer.bias is None, _is_quantized(layer.matrix)
@@ -239,8 +254,9 @@ def _example(node: Node) -> Any:
     return node.meta["example_value"]
 
 
-def _in_place(user: Node) -> bool:
+def _writes(node: Node) -> bool:
     """Whether a node may write to what it is given."""
-    if user.op == "call_method":
-        return str(user.target).endswith("_")
-    return user.target in IN_PLACE
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    by_name = str(name).endswith("_") and not str(name).endswith("__")
+    told = node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
+    return node.op.startswith("call") and (by_name or told or node.target in IN_PLACE)
