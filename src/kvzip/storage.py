@@ -65,7 +65,8 @@ class Header:
         ratio: the keep ratio that was asked for.
         realised_ratio: share of the context's pairs in the file.
         scorer: name of the scorer, None if the pairs were not scored.
-        score_window: last tokens that a threshold on these scores leaves alone.
+        score_window: last tokens that a threshold on these scores leaves alone, and other budgets
+            favour.
         kv_dtype: what pairs are quantised to, None if they are as the model made them.
         windows: window of each layer in tokens, None for a layer that does not slide.
         checksums: CRC-32 of each tensor's dtype, shape and bytes.

@@ -23,7 +23,7 @@ def provenance(device: torch.device, command: Sequence[str] | None = None) -> di
         command: how to repeat it; the Python program that runs if None.
     """
     return {
-        "command": shlex.join(command or ["python", *sys.argv]),
+        "command": shlex.join(map(_short, command or ["python", *sys.argv])),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -33,6 +33,11 @@ def provenance(device: torch.device, command: Sequence[str] | None = None) -> di
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _short(argument: str) -> str:
+    """An argument; of an absolute path, its name, since folders are those of one machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _commit() -> str:

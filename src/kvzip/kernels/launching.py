@@ -1,8 +1,8 @@
 """Kernels that are launched before the one in front of them has finished (Hopper and later).
 
-Such a kernel waits for the one in front before it touches what that one makes, and only then lets
-the next one start: so whatever is two places in front has finished when a kernel starts. What it
-reads before it waits, such as weights, must have been there long before: steps that are recorded
+Programs of such a kernel wait for the one in front before they touch what that one makes, and only
+then let the next one start; those without work leave at once, and some always work. So whatever is
+two places in front has finished when a kernel starts. What it reads before it waits, such as weights, must have been there long before: steps that are recorded
 run a few times first.
 """
 

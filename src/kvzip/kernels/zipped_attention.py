@@ -231,7 +231,7 @@ def _merge_kernel(
     peak = tl.full([BR], float("-inf"), tl.float32)
     total = tl.zeros([BR], tl.float32)
     if EARLY:
-        gdc_wait()  # for all partials
+        gdc_wait()  # for all partials; the lengths above were there before these
         gdc_launch_dependents()
     for o_slot in tl.range(0, count + splits, BS):
         o_n = o_slot + tl.arange(0, BS)

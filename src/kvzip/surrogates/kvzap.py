@@ -100,7 +100,7 @@ class KVzap:
     Attributes:
         scorer: what scores by it are called.
         modules: one for each layer that is scored.
-        window: last tokens that a threshold leaves alone.
+        window: last tokens that a threshold leaves alone, and other budgets favour.
     """
 
     scorer: str
