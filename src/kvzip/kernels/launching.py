@@ -2,8 +2,8 @@
 
 Programs of such a kernel wait for the one in front before they touch what that one makes, and only
 then let the next one start; those without work leave at once, and some always work. So whatever is
-two places in front has finished when a kernel starts. What it reads before it waits, such as weights, must have been there long before: steps that are recorded
-run a few times first.
+two places in front has finished when a kernel starts. What it reads before it waits, such as
+weights, must have been there long before: steps that are recorded run a few times first.
 """
 
 from functools import cache
