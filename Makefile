@@ -24,7 +24,7 @@ demo: $(READY)  ## zip the bundled document with the bundled model and ask about
 	$(BIN)/kvzip demo
 
 test: $(READY)  ## run the tests that need no GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(READY)  ## lint and type-check
 	$(BIN)/ruff check .
