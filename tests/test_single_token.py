@@ -1,5 +1,6 @@
 """Linear layers of one token: found while a model runs, and in the graph that a compiler gets."""
 
+from collections import Counter
 from shutil import which
 from unittest import mock
 
@@ -10,8 +11,10 @@ from torch import nn
 from torch._dynamo import lookup_backend
 from transformers.activations import ACT2FN
 
-from kvzip import single_token
+from kvzip import checks, single_token, step_compiler
+from kvzip.graphs import logits_of
 from kvzip.kernels import reference
+from kvzip.model_types import TESTED
 from kvzip.single_token import SingleTokenLinear, suits
 from kvzip.step_compiler import rewrite
 
@@ -231,6 +234,42 @@ def test_other_gates_are_left_alone(block, expected, calls):
     out = compiled(block)(token())
     assert calls == expected
     torch.testing.assert_close(out, block(token()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", {"matvec": 6, "gated_matvec": 1}),
+        ("qwen2", {"matvec": 6, "gated_matvec": 1}),
+        ("gemma2", {"matvec": 6, "gated_matvec": 1}),
+        ("phi3", {"matvec": 7}),  # gate and up are one weight
+        ("mixtral", {"matvec": 5}),  # routing writes in place
+    ],
+)
+def test_steps_of_models_are_rewritten_and_compute_the_same(kind, expected, monkeypatch):
+    """Layers of a kind share graphs, so that their calls count once."""
+    (model_type,) = (one for one in TESTED if one.id == kind)
+    subject = checks.Subject(model_type)
+    model, found = subject.model.hf_model, Counter()
+
+    def compile_nothing(module, inputs):
+        rewrite(module.graph)
+        module.recompile()
+        targets = [str(node.target) for node in module.graph.nodes]
+        found.update(name.split(".")[1] for name in targets if name.startswith("kvzip."))
+        return module.forward
+
+    monkeypatch.setattr(step_compiler, "_compile", compile_nothing)
+    torch._dynamo.reset()
+    ids, logits = subject.query, []
+    for forward in (model, step_compiler.compile_forward(model)):
+        kv = subject.full()
+        positions = torch.arange(kv.seen_tokens, kv.seen_tokens + len(ids))[None]
+        with torch.no_grad():
+            logits_of(model, ids[None, :-1], positions[:, :-1], kv)
+            logits.append(logits_of(forward, ids[None, -1:], positions[:, -1:], kv))
+    torch.testing.assert_close(*logits)
+    assert dict(found) == expected
 
 
 def test_what_does_not_suit():

@@ -258,5 +258,6 @@ def _writes(node: Node) -> bool:
     """Whether a node may write to what it is given."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     by_name = str(name).endswith("_") and not str(name).endswith("__")
+    by_name &= getattr(operator, str(name), None) is not node.target  # such as or_
     told = node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
     return node.op.startswith("call") and (by_name or told or node.target in IN_PLACE)
