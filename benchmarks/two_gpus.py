@@ -9,8 +9,8 @@ Three ways to hold one model, each in processes of its own:
 The bundled model (float32) answers the bundled questions from a cache that it zips, and from a file
 that `one` wrote: answers must be the same everywhere. A model in a published shape with random
 weights (bfloat16) reads random tokens, keeps 0.3 of the pairs and decodes. It tells seconds and
-memory. What it says means nothing, and rounding may turn a token of it; how many pairs are chosen
-alike is reported, and not judged.
+memory. What it says means nothing, and sums of two parts are rounded otherwise than whole ones; how
+many pairs are chosen alike is reported for both models, and not judged.
 
     python benchmarks/two_gpus.py --out two_gpus.json
     python benchmarks/two_gpus.py --cpu --geometry tiny --context 300     # only the plumbing
@@ -38,6 +38,7 @@ from kvzip.cli.demo import bundled_document
 WAYS = ("one", "layers", "heads")
 RATIO = 0.3
 ONE_FILE = "bundled.kvz"
+BUNDLED, LARGE = "bundled", "large"
 CHECKPOINT = "checkpoint"
 
 
@@ -91,6 +92,7 @@ def answers_of_the_bundled_model(way: str, cpu: bool, folder: Path) -> dict[str,
     document, questions = bundled_document()
     asked = [question.text for question in questions]
     kv = model.prefill(document, ratio=RATIO)
+    keep(kv, model, BUNDLED, way, folder)
     if way == "one":
         kv.save(folder / ONE_FILE)
     return {
@@ -99,27 +101,31 @@ def answers_of_the_bundled_model(way: str, cpu: bool, folder: Path) -> dict[str,
     }
 
 
-def large_model(way: str, options: argparse.Namespace) -> ModelKVzip:
-    """The model in a published shape; `one` makes it and leaves its checkpoint to the others."""
-    checkpoint = options.folder / CHECKPOINT
-    if way != "one":
-        return ModelKVzip(checkpoint, dtype=torch.bfloat16, **placing(way, options.cpu))
-    device = torch.device(placing(way, options.cpu)["device"])
+def keep(kv: ContextCache, model: ModelKVzip, name: str, way: str, folder: Path) -> None:
+    """Write down which pairs a process has kept."""
+    torch.save(kv.kept, folder / f"{name}.{way}.{model.division.rank}.pt")
+
+
+def make_checkpoint(options: argparse.Namespace) -> None:
+    """The model in a published shape."""
+    device = torch.device("cpu" if options.cpu else "cuda:0")
     made = random_model(options.geometry, options.context + ROOM, device, torch.bfloat16)
-    made.save_pretrained(checkpoint)
-    tokenizer().save_pretrained(checkpoint)
-    return ModelKVzip(made, tokenizer())
+    made.save_pretrained(options.folder / CHECKPOINT)
+    tokenizer().save_pretrained(options.folder / CHECKPOINT)
+    del made
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     """Stages of the large model."""
     stages = Stages()
     with stages.stage("load"):
-        model = large_model(way, options)
+        checkpoint = options.folder / CHECKPOINT
+        model = ModelKVzip(checkpoint, dtype=torch.bfloat16, **placing(way, options.cpu))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 1000, (options.context,), generator=generator)
     query = model.apply_template("What is it?")
-    length = {"min_new_tokens": options.tokens, "max_new_tokens": options.tokens}
     kv = model.read(ids[:1000])
     model.score(kv).prune(RATIO)  # kernels are compiled, libraries set up
     model.generate(query, kv=kv, max_new_tokens=4)
@@ -131,17 +137,18 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
         model.score(kv)
     with stages.stage("prune"):
         kv.prune(RATIO)
-    answers = []
-    for name in ("decode, first time", "decode"):
-        with stages.stage(name):
-            answers.append(model.generate(query, kv=kv, **length))
-    rank = model.division.rank
-    torch.save(kv.kept, options.folder / f"{way}.{rank}.pt")
+    seconds = {}
+    for count in (options.tokens + 2, 2, options.tokens + 2):  # the first finds nothing recorded
+        with stages.stage(name := f"answer of {count} tokens"):
+            answer = model.generate(query, kv=kv, min_new_tokens=count, max_new_tokens=count)
+        seconds[count] = stages.seen[name]["seconds"]
+    keep(kv, model, LARGE, way, options.folder)
     return {
         "stages": stages.seen,
         "cache_full": full,
         "cache_zipped": bytes_by_device(kv),
-        "answer": answers[-1],
+        "answer": answer,
+        "seconds_a_token": (seconds[options.tokens + 2] - seconds[2]) / options.tokens,
         "steps_recorded": model.decoder.records,
     }
 
@@ -149,7 +156,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
 def work(way: str, options: argparse.Namespace) -> None:
     """What a process does; its findings go to the folder."""
     found = {"answers": answers_of_the_bundled_model(way, options.cpu, options.folder)}
-    found["large"] = measure(way, options)
+    found[LARGE] = measure(way, options)
     rank = int(os.environ.get("RANK", 0))
     (options.folder / f"{way}.{rank}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
@@ -173,35 +180,41 @@ def start(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files]
 
 
-def kept(way: str, folder: Path) -> torch.Tensor:
+def kept(name: str, way: str, folder: Path) -> torch.Tensor:
     """`[L, H, n]`, the heads of all processes."""
-    return torch.cat([torch.load(file) for file in sorted(folder.glob(f"{way}.*.pt"))], dim=1)
+    files = sorted(folder.glob(f"{name}.{way}.*.pt"))
+    return torch.cat([torch.load(file) for file in files], dim=1)
+
+
+def kept_alike(name: str, way: str, folder: Path) -> float:
+    """The share of the pairs that a way has kept which `one` has kept, too."""
+    mine, chosen = (kept(name, one, folder) for one in (way, "one"))
+    return float((mine & chosen).sum() / mine.sum())
 
 
 def compare(found: dict[str, list[dict[str, Any]]], folder: Path) -> dict[str, Any]:
     """Each way beside one GPU."""
-    expected, chosen = found["one"][0]["answers"], kept("one", folder)
+    expected = found["one"][0]["answers"]
     result = {}
     for way, processes in found.items():
-        mine = kept(way, folder)
         result[way] = {
             "same_answers": all(process["answers"] == expected for process in processes),
             "answers": processes[0]["answers"],
-            "pairs_kept": int(mine.sum()),
-            "pairs_kept_by_one_too": int((mine & chosen).sum()),
-            "processes": [process["large"] for process in processes],
+            "pairs_kept_alike": {name: kept_alike(name, way, folder) for name in (BUNDLED, LARGE)},
+            "processes": [process[LARGE] for process in processes],
         }
     return result
 
 
 def show(way: str, one: dict[str, Any]) -> None:
     """Print what was found of one way."""
-    share = one["pairs_kept_by_one_too"] / one["pairs_kept"]
-    print(f"{way}: same answers {one['same_answers']}, pairs chosen alike {share:.4f}")
+    print(f"{way}: same answers {one['same_answers']}, pairs kept alike {one['pairs_kept_alike']}")
     for process in one["processes"]:
         for name, stage in process["stages"].items():
             peak = {gpu: f"{size / 1e9:.2f} GB" for gpu, size in stage["peak"].items()}
             print(f"    {name}: {stage['seconds']:.2f} s, peak {peak}", flush=True)
+        recorded = "recorded" if process["steps_recorded"] else "not recorded"
+        print(f"    a token: {process['seconds_a_token'] * 1e3:.2f} ms, {recorded}", flush=True)
 
 
 def main() -> int:
@@ -209,7 +222,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("two_gpus.json"))
     parser.add_argument("--geometry", default="llama3.1-8b")
     parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument(
         "--folder", type=Path, help="for checkpoint and findings; a new one if none"
@@ -228,6 +241,7 @@ def main() -> int:
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         options.folder = Path(folder)
+        make_checkpoint(options)
         for way in options.ways:  # each is written down at once, should a later one be stopped
             found[way] = start(way, options)
             result = compare(found, options.folder)

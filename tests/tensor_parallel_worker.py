@@ -102,6 +102,7 @@ def main(checkpoint: str, folder: Path) -> None:
     found["sampled"] = [model.generate(QUESTIONS[0], kv=kv, **SAMPLING) for _ in range(3)]
     found["opened"] = seen(model.load(folder / "one.kvz"))
     found["said"] = refusals(model, folder)
+    found["records"] = model.decoder.records
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -1,12 +1,12 @@
-"""A decoding step recorded as a CUDA graph: hundreds of kernels, launched at once.
+"""A decoding step recorded as a CUDA graph (`recording.py`): hundreds of kernels, launched at once.
 
 A graph runs the same kernels on the same addresses each time. So tails have their final size, the
 column to write and the number of columns in use are read on the device, and tokens and positions
 are copied to where the graph expects them.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +16,12 @@ from transformers import Cache, PreTrainedModel
 from kvzip.cache import ContextCache
 from kvzip.kernels import Operations
 from kvzip.layers import Tail
+from kvzip.recording import Recording
 from kvzip.single_token import SingleTokenLinear
 
 Forward = Callable[..., Any]
 Step = Callable[[Tensor, Tensor], Tensor]
 """tokens `[B, 1]`, positions `[B, 1]` -> logits `[B, V]`."""
-
-WARM_UP_RUNS = 2
-"""Runs before recording: kernels are compiled and libraries set up while that is allowed."""
 
 
 def logits_of(forward: Forward, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
@@ -49,13 +47,14 @@ def plain_forward(model: PreTrainedModel) -> Forward:
     return forward
 
 
-def record(forward: Forward, kv: ContextCache, batch: int) -> Step:
+def record(forward: Forward, kv: ContextCache, batch: int, devices: Sequence[torch.device]) -> Step:
     """Record the step that appends one token to every row.
 
     Args:
         forward: a model's forward pass.
         kv: the cache; its tails hold something already, and have room for all that will come.
         batch: number of rows.
+        devices: CUDA devices that the forward pass runs on, the one of tokens and logits first.
 
     Returns:
         A function that takes the step. Each call appends to the tails of `kv`. The logits that it
@@ -65,50 +64,52 @@ def record(forward: Forward, kv: ContextCache, batch: int) -> Step:
         RuntimeError: if the forward pass does what cannot be recorded (such as waiting for the
             device), or memory runs out.
     """
-    device = kv.layers[0].context.keys.device
-    tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    positions = torch.full_like(tokens, kv.seen_tokens)
-    cursor = torch.tensor([kv.tail_length], device=device)
-    end = cursor + 1
     tails = [layer.tail for layer in kv.layers]
+    tokens = torch.zeros(batch, 1, dtype=torch.long, device=devices[0])
+    positions = torch.full_like(tokens, kv.seen_tokens)
+    cursors = {device: Cursor.at(kv.tail_length, device) for device in devices}
     layers = [
-        layer.fork(CursorTail(layer.tail, cursor, end, layer.operations)) for layer in kv.layers
+        layer.fork(CursorTail(tail, cursors[tail.buffers[0].device], layer.operations))
+        for layer, tail in zip(kv.layers, tails, strict=True)
     ]
-    recording = Cache(layers=layers)
-
-    stream = _side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_RUNS):
-            logits_of(forward, tokens, positions, recording)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    generator = torch.cuda.default_generators[stream.device_index]
-    state = generator.clone_state()
-    try:
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            logits = logits_of(forward, tokens, positions, recording)
-    except RuntimeError:
-        generator.graphsafe_set_state(state)  # which a recording that fails leaves unusable
-        raise
+    cache = Cache(layers=layers)
+    recording = Recording(lambda: logits_of(forward, tokens, positions, cache), devices)
 
     def step(next_tokens: Tensor, next_positions: Tensor) -> Tensor:
         tokens.copy_(next_tokens)
         positions.copy_(next_positions)
-        cursor.fill_(tails[0].length)
-        end.fill_(tails[0].length + 1)
-        graph.replay()
+        for cursor in cursors.values():
+            cursor.move(tails[0].length)
+        recording.replay()
         for tail in tails:
             tail.length += 1
-        return logits
+        return recording.result
 
     return step
 
 
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream to record on; libraries keep memory for every stream that they have seen."""
-    return torch.cuda.Stream(device)
+@dataclass(frozen=True)
+class Cursor:
+    """Where the step writes, known on a device only.
+
+    Attributes:
+        column: `[1]`, int64: the column.
+        end: `[1]`, int64: columns in use after that.
+    """
+
+    column: Tensor
+    end: Tensor
+
+    @classmethod
+    def at(cls, column: int, device: torch.device) -> "Cursor":
+        """Made on a device."""
+        here = torch.tensor([column], device=device)
+        return cls(here, here + 1)
+
+    def move(self, column: int) -> None:
+        """To another column."""
+        self.column.fill_(column)
+        self.end.fill_(column + 1)
 
 
 class CursorTail(Tail):
@@ -116,23 +117,22 @@ class CursorTail(Tail):
 
     Args:
         tail: whose buffers these are.
-        cursor: `[1]`, int64, on the device: the column that the step writes.
-        end: `[1]`, int64, on the device: columns in use after that.
+        cursor: on the tail's device.
         operations: how to write it.
     """
 
-    def __init__(self, tail: Tail, cursor: Tensor, end: Tensor, operations: Operations) -> None:
+    def __init__(self, tail: Tail, cursor: Cursor, operations: Operations) -> None:
         super().__init__(tail.starts)
         self.operations = operations
         self.buffers = tail.buffers
         self.length = tail.length
-        self._cursor, self._end = cursor, end
+        self._cursor = cursor
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Write one column."""
-        self.operations.append(*self.buffers, keys, values, self._cursor)
+        self.operations.append(*self.buffers, keys, values, self._cursor.column)
 
     def columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """The whole buffers, and how much of them is in use."""
         keys, values = self.buffers
-        return keys, values, self._end
+        return keys, values, self._cursor.end

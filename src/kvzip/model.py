@@ -122,20 +122,21 @@ class ModelKVzip:
         self._surrogates: dict[str, Surrogate] = {}
         where = torch.device(self.hf_model.device)
         self.operations = operations(backend, where, self.hf_model.dtype)
-        # a recorded step runs on one device, and ahead by one token, which a state cannot take back
+        # a recorded step runs ahead by one token, which a state cannot take back
         records = (
             self.operations.name == "triton"
             and not self.geometry.stateful
-            and weights.on_one_device(self.hf_model)
+            and all(device.type == "cuda" for device in weights.devices(self.hf_model))
         )
-        if compile and not records:
+        compiled = compile and records and weights.on_one_device(self.hf_model)
+        if compile and not compiled:
             warnings.warn(
                 "compile=True changes nothing here: steps are compiled where they are recorded as "
                 "CUDA graphs, on one NVIDIA device and without layers of linear attention",
                 KVzipWarning,
                 stacklevel=2,
             )
-        self.decoder = make_decoder(self.hf_model, records=records, compiled=compile)
+        self.decoder = make_decoder(self.hf_model, records=records, compiled=compiled)
         if self.division.size > 1:
             self.origin  # noqa: B018  weights are gathered for it, by all processes together
 

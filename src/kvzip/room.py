@@ -2,7 +2,8 @@
 
 An answer never touches the cache that it is given: it is written into tails of its own, which share
 the context. On a CUDA device they stay with the cache, and so does the CUDA graph of a decoding
-step that was recorded over them, so that the next question starts at once.
+step that was recorded over them, so that the next question starts at once. Only where heads are
+divided among processes, each answer records its own.
 """
 
 import warnings
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvzip import weights
 from kvzip.cache import ContextCache
 from kvzip.graphs import Forward, Step, logits_of, plain_forward, record
 from kvzip.layers import Tail
@@ -53,7 +55,8 @@ class Decoder:
             kv.room = room = None  # its memory is free before more is taken
             columns = -(-columns // ROUNDING) * ROUNDING if self.records else columns
             room = Room(self, kv, columns, batch, starts)
-            kv.room = room if self.records else None
+            # processes that talk cannot part while a graph holds what they say to each other
+            kv.room = room if self.records and kv.division.size == 1 else None
         room.refill(kv, starts)
         return room
 
@@ -146,7 +149,8 @@ class Room:
     def _record(self) -> Step:
         if self.decoder.records:
             try:
-                return record(self.decoder.forward, self.cache, self.batch)
+                devices = weights.devices(self.decoder.model)
+                return record(self.decoder.forward, self.cache, self.batch, devices)
             except RuntimeError as error:
                 self.decoder.records = False
                 warnings.warn(

@@ -19,11 +19,15 @@ INT8_PARTS = ("qdata", "scale")
 """Attributes of torchao's `Int8Tensor`: codes `[N, K]`, int8; scales, of its rows `[N, 1]`."""
 
 
+def devices(model: PreTrainedModel) -> list[torch.device]:
+    """Where weights are in memory, first those that a token meets first; "meta" if offloaded."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
 def on_one_device(model: PreTrainedModel) -> bool:
     """Whether all weights are whole, and in the memory of one device."""
-    parameters = list(model.parameters())
-    whole = not any(hasattr(parameter, "full_tensor") for parameter in parameters)
-    return whole and len({parameter.device for parameter in parameters}) == 1
+    whole = not any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return whole and len(devices(model)) == 1
 
 
 def refuse_offloaded_input(model: PreTrainedModel) -> None:
