@@ -77,15 +77,6 @@ class Stages:
         }
 
 
-def bytes_by_device(kv: ContextCache) -> dict[str, int]:
-    """Bytes of keys and values on each device."""
-    found: dict[str, int] = {}
-    for layer in kv.layers:
-        for tensor in layer.context_tensors():
-            found[str(tensor.device)] = found.get(str(tensor.device), 0) + tensor.nbytes
-    return found
-
-
 def answers_of_the_bundled_model(way: str, cpu: bool, folder: Path) -> dict[str, list[str]]:
     """From a cache that it zips, and from the file of `one`."""
     model = ModelKVzip(dtype=torch.float32, **placing(way, cpu))
@@ -132,23 +123,25 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     del kv
     with stages.stage("prefill"):
         kv = model.read(ids)
-    full = bytes_by_device(kv)
+    full = kv.nbytes
     with stages.stage("score"):
         model.score(kv)
     with stages.stage("prune"):
         kv.prune(RATIO)
     seconds = {}
-    for count in (options.tokens + 2, 2, options.tokens + 2):  # the first finds nothing recorded
-        with stages.stage(name := f"answer of {count} tokens"):
+    long, short = options.tokens + 2, 2
+    names = {"first answer": long, "answer of 2 tokens": short, "long answer": long}
+    for name, count in names.items():
+        with stages.stage(name):
             answer = model.generate(query, kv=kv, min_new_tokens=count, max_new_tokens=count)
         seconds[count] = stages.seen[name]["seconds"]
     keep(kv, model, LARGE, way, options.folder)
     return {
         "stages": stages.seen,
         "cache_full": full,
-        "cache_zipped": bytes_by_device(kv),
+        "cache_zipped": kv.nbytes,
         "answer": answer,
-        "seconds_a_token": (seconds[options.tokens + 2] - seconds[2]) / options.tokens,
+        "seconds_a_token": (seconds[long] - seconds[short]) / options.tokens,
         "steps_recorded": model.decoder.records,
     }
 

@@ -9,12 +9,15 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from kvzip import ContextCache, KVzipError, ModelKVzip
+from kvzip.graphs import logits_of
 from models import QUESTIONS, TEXT
 
 RATIO = 0.4
@@ -56,6 +59,24 @@ def work(model: ModelKVzip, folder: Path) -> dict:
             model.prefill(TEXT, ratio=RATIO, budget=budget, **STREAMING)
         )
     return found
+
+
+def answer_where_one_process_cannot_record(model: ModelKVzip) -> str:
+    """The first process fails to record its steps, the other would go ahead."""
+
+    def record(forward, kv, batch, devices):
+        if dist.get_rank() == 0:
+            raise RuntimeError("out of memory")
+        return partial(logits_of, forward, cache=kv)
+
+    kv = model.prefill(TEXT, ratio=RATIO)
+    records = model.decoder.records
+    model.decoder.records = True
+    with mock.patch("kvzip.room.record", record):
+        answer = model.generate(QUESTIONS[0], kv=kv, max_new_tokens=8)
+    assert not model.decoder.records
+    model.decoder.records = records
+    return answer
 
 
 def refusals(model: ModelKVzip, folder: Path) -> dict[str, str]:
@@ -100,6 +121,8 @@ def main(checkpoint: str, folder: Path) -> None:
     torch.manual_seed(rank)  # processes that draw differently
     kv = model.prefill(TEXT, ratio=RATIO)
     found["sampled"] = [model.generate(QUESTIONS[0], kv=kv, **SAMPLING) for _ in range(3)]
+    found["answer"] = model.generate(QUESTIONS[0], kv=kv, max_new_tokens=8)
+    found["not recorded"] = answer_where_one_process_cannot_record(model)
     found["opened"] = seen(model.load(folder / "one.kvz"))
     found["said"] = refusals(model, folder)
     found["records"] = model.decoder.records

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import long_generation_gpu
 import quantized_weights
 import surrogate_training
+import two_gpus
 
 TINY = ["--geometry", "tiny", "--device", "cpu"]
 
@@ -103,3 +104,19 @@ def test_quantised_weights_are_measured_beside_plain_ones(monkeypatch, capsys):
     assert 0 < int8["logits_changed"] < 0.1
     assert int8["cache"] == plain["cache"] < 0.2 * plain["cache_full"]
     assert "runs on an NVIDIA device" in fp8["error"]
+
+
+def test_two_gpus(tmp_path, monkeypatch, capsys):
+    """One process of it."""
+    arguments = ["--cpu", "--geometry", "tiny", "--context", "300", "--tokens", "4"]
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["two_gpus", *arguments, "--ways", "one", "--out", str(out)])
+    assert two_gpus.main() == 0
+    (way,) = json.loads(out.read_text())["ways"].values()
+    assert way["same_answers"]
+    assert way["answers"]["zipped"] == way["answers"]["opened"]
+    assert way["pairs_kept_alike"] == {"bundled": 1.0, "large": 1.0}
+    (process,) = way["processes"]
+    assert 0.3 < process["cache_zipped"] / process["cache_full"] < 0.4  # the prefix is kept
+    assert process["seconds_a_token"] > 0
+    assert "one: same answers True" in capsys.readouterr().out

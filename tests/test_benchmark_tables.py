@@ -15,6 +15,7 @@ from kvzip.benchmarks.workbench import Plan
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu_tables  # noqa: E402
 import quantized_tables  # noqa: E402
 import streaming_tables  # noqa: E402
 import surrogate_tables  # noqa: E402
@@ -33,11 +34,9 @@ FILES = (
 
 
 def printed() -> list[str]:
-    return [
-        table
-        for name in FILES
-        for table in tables.tables(tables.read(BENCHMARKS / "results" / name))
-    ]
+    results = BENCHMARKS / "results"
+    sections = [table for name in FILES for table in tables.tables(tables.read(results / name))]
+    return [*sections, *gpu_tables.tables(results)]
 
 
 def test_the_readme_quotes_the_results() -> None:

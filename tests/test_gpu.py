@@ -230,6 +230,11 @@ def test_layers_on_two_devices_answer_like_one(kind: str, tmp_path: Path) -> Non
         assert torch.equal(kv.kept, expected.kept)
         settings = {"max_new_tokens": 8}
         assert two.ask(kv, QUESTIONS, **settings) == one.ask(expected, QUESTIONS, **settings)
+        assert kv.room.recorded
+        for question in QUESTIONS:
+            long = {"max_new_tokens": 150, "eos_token_id": None}
+            answer = two.generate(question, kv=kv, **long)
+            assert answer == one.generate(question, kv=expected, **long)
         for model in (two, one):
             again = model.load(kv.save(tmp_path / "a.kvz", overwrite=True))
             devices = [layer.context.keys.device for layer in again.layers]
@@ -244,6 +249,49 @@ def test_layers_on_two_devices_answer_like_one(kind: str, tmp_path: Path) -> Non
     two.extend(quantised, TEXT)
     assert two.generate(QUESTIONS[0], kv=quantised, update_cache=True, max_new_tokens=8)
     assert two.decoder.records
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_recordings_on_two_devices_are_freed() -> None:
+    model, held = on_two_gpus("llama"), []
+    for _ in range(6):
+        kv = model.read(TEXT)
+        model.generate(QUESTIONS[0], kv=kv, max_new_tokens=8)
+        assert kv.room.recorded
+        del kv
+        gc.collect()
+        for gpu in (0, 1):
+            torch.cuda.synchronize(gpu)
+        torch.cuda.empty_cache()
+        held.append([torch.cuda.memory_allocated(gpu) for gpu in (0, 1)])
+        held[-1] += [torch.cuda.memory_reserved(gpu) for gpu in (0, 1)]
+    assert held[-1] == held[1], held
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_an_interruption_while_two_devices_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, one = on_two_gpus("llama"), on_gpu("llama")
+    kv, expected = model.read(TEXT), one.read(TEXT)
+    layer = model.hf_model.model.layers[1]
+    forward = layer.forward
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        if torch.cuda.is_current_stream_capturing():
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(QUESTIONS[0], kv=kv, max_new_tokens=8)
+    assert model.decoder.records
+    for sampling in ({}, {"do_sample": True, "temperature": 2.0}):
+        answers = []
+        for asked, cache in ((model, kv), (one, expected)):
+            torch.manual_seed(1)
+            answers.append(asked.generate(QUESTIONS[0], kv=cache, max_new_tokens=20, **sampling))
+        assert answers[0] == answers[1]
+    assert kv.room.recorded
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -2,14 +2,17 @@
 
 import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from kvzip import ContextCache, ModelKVzip
+from kvzip import ContextCache, ModelKVzip, room
+from kvzip.graphs import logits_of
 from kvzip.layers import Tail
+from kvzip.parallel import Division
 from kvzip.room import ROUNDING, Room, make_decoder
 from models import (
     KINDS,
@@ -126,6 +129,69 @@ class TestOnAnyDevice:
         assert places == after
 
 
+class FakeStep:
+    """Stands for a recorded step on a CPU."""
+
+    def __init__(self, forward, kv, batch, devices):
+        self.forward, self.kv = forward, kv
+
+    def __call__(self, tokens, positions):
+        return logits_of(self.forward, tokens, positions, self.kv)
+
+
+class TestWhatAnAnswerLeavesBehind:
+    @pytest.fixture
+    def made(self, monkeypatch):
+        """Weak references to all rooms."""
+        rooms: list[weakref.ref[Room]] = []
+        refill = Room.refill
+
+        def noted(room, *args):
+            rooms.append(weakref.ref(room))
+            refill(room, *args)
+
+        monkeypatch.setattr(Room, "refill", noted)
+        gc.disable()
+        yield rooms
+        gc.enable()
+
+    @pytest.fixture
+    def divided(self, monkeypatch):
+        """A model and a cache that record, and that seem to share heads with another process."""
+        model = ModelKVzip(make_hf_model(), make_tokenizer())
+        model.decoder.records = True
+        monkeypatch.setattr(room, "record", FakeStep)
+        monkeypatch.setattr(Division, "all", lambda self, fact: fact)
+        kv = model.prefill(TEXT)
+        kv.division = Division(0, 2)
+        return model, kv
+
+    def test_its_room_is_freed_at_once(self, made):
+        model = shared_model()
+        kv = model.prefill(TEXT)
+        model.generate(QUESTIONS[0], kv=kv, **NEW)
+        model.ask(kv, QUESTIONS, **NEW)
+        model.generate(QUESTIONS[0], kv=kv, update_cache=True, **NEW)
+        assert [made_room() for made_room in made] == [None] * 3
+
+    def test_a_room_of_several_processes_goes_with_its_answer(self, made, divided):
+        model, kv = divided
+        expected = tokens(shared_model(), shared_model().prefill(TEXT), QUESTIONS[0])
+        assert tokens(model, kv, QUESTIONS[0]) == expected
+        assert model.decoder.records
+        assert kv.room is None
+        assert made[-1]() is None
+
+    def test_so_does_its_recording_after_a_failure(self, made, divided):
+        model, kv = divided
+        with pytest.raises(RuntimeError, match="the reader went away") as failure:
+            model.generate(QUESTIONS[0], kv=kv, streamer=Recorder(3), **NEW)
+        held = made[-1]()  # by the traceback
+        assert held is not None
+        assert not held.recorded
+        assert failure.tb is not None
+
+
 class TestWhichRoomServes:
     @pytest.fixture
     def decoder(self):
@@ -209,7 +275,7 @@ def recorded(kv: ContextCache) -> bool:
     """Whether the last answer's steps were recorded ones."""
     room = kv.room
     assert isinstance(room, Room)
-    return room._recorded is not None and room._recorded != room.read
+    return room.recorded
 
 
 @pytest.fixture

@@ -423,7 +423,7 @@ def test_recorded_steps_are_recorded_anew(scorer, monkeypatch):
     """A recording goes on reading the context that was there when it was made."""
     made = []
 
-    def record(forward, kv, batch):
+    def record(forward, kv, batch, devices):
         layers = [layer.fork(layer.tail) for layer in kv.layers]
         space = [layer.tail.buffers[0].shape[2] for layer in kv.layers]
         made.append(space)

@@ -81,6 +81,11 @@ def test_drawn_tokens_are_the_same_in_both(two):
     assert len(set(two[0]["sampled"])) > 1
 
 
+def test_where_one_cannot_record_neither_does(two):
+    for found in two:
+        assert found["not recorded"] == found["answer"] == two[0]["answer"]
+
+
 def test_the_fingerprint_is_that_of_one_process(alone, two):
     assert {rank["fingerprint"] for rank in two} == {alone["fingerprint"]}
 

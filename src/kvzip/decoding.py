@@ -194,17 +194,20 @@ def _run(
     criteria = StoppingCriteriaList(settings.pop("stopping_criteria", None) or [])
     if strings := settings.pop("stop_strings"):
         criteria.append(StopStringCriteria(tokenizer, strings))
-    output, lengths = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        past_key_values=room.cache,
-        stopping_criteria=criteria,
-        stop_strings=None,
-        custom_generate=partial(decode, room=room, streamer=streamer, shrinker=shrinker),
-        **settings,
-    )
-    rows = zip(output[:, sequences.shape[1] :].cpu(), lengths.tolist(), strict=True)
-    return [row[:length] for row, length in rows]
+    try:
+        output, lengths = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            past_key_values=room.cache,
+            stopping_criteria=criteria,
+            stop_strings=None,
+            custom_generate=partial(decode, room=room, streamer=streamer, shrinker=shrinker),
+            **settings,
+        )
+        rows = zip(output[:, sequences.shape[1] :].cpu(), lengths.tolist(), strict=True)
+        return [row[:length] for row, length in rows]
+    finally:
+        room.end()
 
 
 def decode(

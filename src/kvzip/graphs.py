@@ -54,7 +54,7 @@ def record(forward: Forward, kv: ContextCache, batch: int, devices: Sequence[tor
         forward: a model's forward pass.
         kv: the cache; its tails hold something already, and have room for all that will come.
         batch: number of rows.
-        devices: CUDA devices that the forward pass runs on, the one of tokens and logits first.
+        devices: CUDA devices that the forward pass may run on, that of tokens and logits first.
 
     Returns:
         A function that takes the step. Each call appends to the tails of `kv`. The logits that it

@@ -52,6 +52,14 @@ class Division:
         """This process's part, `[L, H / P, ...]`, of `[L, H, ...]`."""
         return values.chunk(self.size, dim=1)[self.rank].contiguous()
 
+    def all(self, fact: bool) -> bool:
+        """Whether something is so in every process."""
+        if self.size > 1:
+            told = torch.tensor([fact], dtype=torch.int32, device=self.device)
+            dist.all_reduce(told, op=dist.ReduceOp.MIN, group=self.group)
+            fact = bool(told.item())
+        return fact
+
     def agreed(self, tokens: Tensor) -> Tensor:
         """What the first process has drawn."""
         if self.size > 1:

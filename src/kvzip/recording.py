@@ -38,10 +38,10 @@ class Recording:
         with _current(streams):
             for _ in range(WARM_UP_RUNS):
                 run()
-        self.result = self._record(run, streams)
+            self.result = self._record(run, streams)
 
     def replay(self) -> None:
-        """Run it again, behind all that was started on the devices."""
+        """Run it again, behind what is on the devices' current streams and in front of the rest."""
         first, *others = map(torch.cuda.current_stream, self._devices)
         for stream in others:
             first.wait_stream(stream)
@@ -55,20 +55,17 @@ class Recording:
         state = generator.clone_state()
         try:
             with (
-                _current(streams),
                 torch.cuda.graph(self._graph, stream=first, capture_error_mode="thread_local"),
-                ExitStack() as memory,
+                ExitStack() as others_too,
             ):
                 for stream, pool in zip(others, self._pools, strict=True):
-                    memory.enter_context(torch.cuda.use_mem_pool(pool, stream.device))
+                    others_too.enter_context(torch.cuda.use_mem_pool(pool, stream.device))
                     stream.wait_stream(first)  # which makes it a part of what is recorded
-                result = run()
-                for stream in others:
-                    first.wait_stream(stream)
-        except RuntimeError:
+                    others_too.callback(first.wait_stream, stream)  # or recording could not end
+                return run()
+        except BaseException:
             generator.graphsafe_set_state(state)  # which a recording that fails leaves unusable
             raise
-        return result
 
 
 @contextmanager
@@ -77,12 +74,14 @@ def _current(streams: Sequence[torch.cuda.Stream]) -> Iterator[None]:
     usual = [torch.cuda.current_stream(stream.device) for stream in streams]
     for stream, before in zip(streams, usual, strict=True):
         stream.wait_stream(before)
-    with ExitStack() as stack:
-        for stream in reversed(streams):  # the first one's device is the current one
-            stack.enter_context(torch.cuda.stream(stream))
-        yield
-    for stream, behind in zip(streams, usual, strict=True):
-        behind.wait_stream(stream)
+    try:
+        with ExitStack() as stack:
+            for stream in reversed(streams):  # the first one's device is the current one
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+    finally:
+        for stream, behind in zip(streams, usual, strict=True):
+            behind.wait_stream(stream)
 
 
 def _pool(device: torch.device) -> torch.cuda.MemPool:

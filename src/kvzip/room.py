@@ -56,7 +56,8 @@ class Decoder:
             columns = -(-columns // ROUNDING) * ROUNDING if self.records else columns
             room = Room(self, kv, columns, batch, starts)
             # processes that talk cannot part while a graph holds what they say to each other
-            kv.room = room if self.records and kv.division.size == 1 else None
+            room.stays = self.records and kv.division.size == 1
+            kv.room = room if room.stays else None
         room.refill(kv, starts)
         return room
 
@@ -80,6 +81,7 @@ class Room:
     Attributes:
         cache: shares the context; its tails are what is written to.
         columns: tokens behind the context that steps find space for.
+        stays: whether the room, and what was recorded in it, outlives an answer.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Room:
         self.batch = batch
         self.starts = None if starts is None else starts.clone()
         self.cache = kv.fork([Tail(self.starts, columns) for _ in kv.layers])
+        self.stays = False
         self._recorded: Step | None = None
 
     def fits(self, decoder: Decoder, columns: int, batch: int, starts: Tensor | None) -> bool:
@@ -114,14 +117,19 @@ class Room:
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The same for one token a row, `[B, 1]`, as fast as it goes."""
-        if self._recorded is None:
+        if self._recorded is None and self.decoder.records:
             self._recorded = self._record()
-        return self._recorded(tokens, positions)
+        return (self._recorded or self.read)(tokens, positions)
 
     @property
     def recorded(self) -> bool:
         """Whether a step has been recorded, so that it costs the host next to nothing."""
-        return self._recorded is not None and self.decoder.records
+        return self._recorded is not None
+
+    def end(self) -> None:
+        """An answer has ended, well or not: forget what was recorded for it alone."""
+        if not self.stays:
+            self._recorded = None
 
     @property
     def full(self) -> bool:
@@ -146,19 +154,23 @@ class Room:
         for layer in self.cache.layers:
             layer.tail.length -= 1
 
-    def _record(self) -> Step:
-        if self.decoder.records:
-            try:
-                devices = weights.devices(self.decoder.model)
-                return record(self.decoder.forward, self.cache, self.batch, devices)
-            except RuntimeError as error:
-                self.decoder.records = False
-                warnings.warn(
-                    "this model's decoding step cannot be recorded as a CUDA graph, answers take "
-                    f"longer: {str(error).splitlines()[0]}",
-                    stacklevel=2,
-                )
-        return self.read
+    def _record(self) -> Step | None:
+        """The step, recorded; None if that cannot be done here, or in another process."""
+        recorded, failure = None, "another process could not do it"
+        try:
+            devices = weights.devices(self.decoder.model)
+            recorded = record(self.decoder.forward, self.cache, self.batch, devices)
+        except RuntimeError as error:
+            failure = str(error).splitlines()[0]
+        if self.cache.division.all(recorded is not None):
+            return recorded
+        self.decoder.records = False
+        warnings.warn(
+            "this model's decoding step cannot be recorded as a CUDA graph, answers take longer: "
+            f"{failure}",
+            stacklevel=2,
+        )
+        return None
 
 
 def make_decoder(model: PreTrainedModel, *, records: bool, compiled: bool) -> Decoder:

@@ -20,7 +20,7 @@ INT8_PARTS = ("qdata", "scale")
 
 
 def devices(model: PreTrainedModel) -> list[torch.device]:
-    """Where weights are in memory, first those that a token meets first; "meta" if offloaded."""
+    """Where weights are, in their order; the first is `model.device`. Offloaded ones are "meta"."""
     return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
