@@ -37,6 +37,18 @@ def test_errors_come_through():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_an_error_does_not_hide_it():
+    def work() -> None:
+        with uninterrupted():
+            interrupt()
+            raise KVzipError("broken")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        work()
+    assert isinstance(caught.value.__context__, KVzipError)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_other_threads_are_left_alone():
     done = []
 

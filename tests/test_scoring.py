@@ -356,6 +356,28 @@ def test_a_context_beyond_the_positions_is_refused():
         shared_model().prefill(random_ids(1024))
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"scorer": "reconstructed"}, "unknown scorer 'reconstructed': did you mean"),
+        ({"scorer": "random", "reach": "chunk"}, "reach belongs to the scorers"),
+        ({"score_chunk": 0}, "score_chunk is 0"),
+        ({"scorer": "random", "score_chunk": 0}, "score_chunk is 0"),
+        ({"scorer": "heads"}, "there are no head scores at"),
+        ({"load_score": True}, "there are no head scores at"),
+        ({"load_score": "none.safetensors"}, "there are no head scores at none.safetensors"),
+        ({"load_score": True, "scorer": "kvzap:mlp"}, "here 'kvzap:mlp': leave out one of them"),
+        ({"scorer": "kvzap:nowhere/at/all"}, "nowhere/at/all"),
+    ],
+    ids=str,
+)
+def test_what_cannot_score_is_said_before_reading(how, said):
+    read = []
+    with pytest.raises(KVzipError, match=said):
+        shared_model().prefill(TEXT, progress=lambda *done: read.append(done), **how)
+    assert not read
+
+
 class TestHeadScores:
     def test_round_trip(self, tmp_path):
         model, path = shared_model("gemma3"), tmp_path / "heads.safetensors"

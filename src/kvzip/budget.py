@@ -14,6 +14,8 @@ Span = tuple[int, int]
 """Start and end, the end not included: tokens of a context, counted from 0 behind the prefix."""
 
 KINDS = ("ratio", "tokens", "bytes", "threshold")
+OF_TOKENS = ("ratio", "threshold")
+"""Those that make sense for some tokens of a context, without the rest."""
 UNITS = {
     "": 1,
     "b": 1,
@@ -121,6 +123,14 @@ class Budget:
     def asked(self) -> dict[str, Any]:
         """What was asked for, by name, without what was left out."""
         return {name: part for name, part in asdict(self).items() if _is_given(name, part)}
+
+    def refuse_all_but(self, kinds: Sequence[str], who: str) -> None:
+        """Raise KVzipError if anything else was asked for than `who` knows."""
+        refused = [name for name in self.asked() if name not in kinds]
+        if refused:
+            raise KVzipError(
+                f"{who} knows {' and '.join(kinds)} only: leave out {' and '.join(refused)}"
+            )
 
     def required(self, n: int) -> int:
         """Pairs that every head must keep of a context of n tokens."""

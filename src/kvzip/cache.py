@@ -188,7 +188,10 @@ class ContextCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values held, read from the live tensors."""
+        """Bytes of all keys and values of context and tail, read from the live tensors.
+
+        The room that stays for the next answer on a GPU (`room`) is not counted.
+        """
         held = [
             tensor
             for layer in self.layers

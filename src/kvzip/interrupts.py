@@ -21,6 +21,6 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if received and callable(previous):
-        previous(*received[0])
+        signal.signal(signal.SIGINT, previous or signal.SIG_DFL)  # None: not made by Python
+        if received and callable(previous):
+            previous(*received[0])

@@ -216,7 +216,7 @@ class AnsweringLayer(Layer):
         self.tail.truncate(length)
 
     def attend(self, query: Tensor, logits: Logits, window: int | None) -> Tensor:
-        """Attend to what the window leaves of the context and, causally, to the tail."""
+        """Attend to the context and, causally, to the tail; layers that slide know their window."""
         tail_keys, tail_values, tail_length = self.tail.columns()
         starts = self.tail.starts
         return self.context.attention(self.operations)(

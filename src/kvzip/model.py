@@ -1,9 +1,9 @@
 """ModelKVzip: read once, evict, ask anything. Each method is one stage, in order."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from kvzip import (
     weights,
 )
 from kvzip.budget import Budget, Span
-from kvzip.cache import KV_TYPES, ContextCache, Document, Origin
+from kvzip.cache import KV_TYPES, ContextCache, Document, Origin, Scores
 from kvzip.errors import KVzipError, KVzipWarning
 from kvzip.geometry import probe
 from kvzip.kernels import operations
@@ -182,8 +182,8 @@ class ModelKVzip:
             reach: what a pass of the scorers `"reconstruction"` and `"reconstruction+"` attends
                 to, `"context"` as published, or `"chunk"`, which is cheaper and what streaming
                 does; None for what goes with the rest.
-            load_score: score whole heads from a file instead of scoring pairs by reconstruction:
-                True for the one in the model's local folder, or a path (see `scoring.heads`).
+            load_score: score whole heads from a file, without a scorer: True for the one in the
+                model's local folder, or a path (see `scoring.heads`).
             score_chunk: tokens that one scoring pass makes the model repeat.
             kv_dtype: quantise what is kept, all pairs without a ratio: see `ContextCache.prune`;
                 while streaming, when all is read, so that until then pairs are held as the model
@@ -194,21 +194,13 @@ class ModelKVzip:
             The cache: full without a ratio, zipped with one.
 
         Raises:
-            KVzipError: if the context is empty or too long for the model, or budget or quantisation
-                make no sense for it; that is said before the context is scored.
+            KVzipError: if the context is empty or too long for the model, for a scorer that is
+                unknown or cannot be loaded, or if budget or quantisation make no sense for the
+                context, which is known when it is read, and said before a pass that scores it.
         """
         how = None if kv_dtype is None else Quantization.of(kv_dtype)
         if streaming:
-            if ratio is None:
-                raise KVzipError(
-                    "streaming evicts as it reads: say how much to keep (ratio=0.3, or "
-                    "ratio=Budget(threshold=-4))"
-                )
-            if load_score is not False:
-                raise KVzipError("streaming scores what it reads: leave out load_score")
-            reconstruction.check_reach(reach or "chunk")
-            if reach == "context" or (reach and scorer != RECONSTRUCTION):
-                raise KVzipError(f"streaming scores with reach 'chunk', not {reach!r}")
+            self._check_streaming(ratio, scorer, reach, load_score)
             return self.extend(
                 self.begin(),
                 context,
@@ -230,22 +222,34 @@ class ModelKVzip:
         reach = "context" if reach is None else reach
         reconstruction.check_reach(reach)
         read_chunk = PREFILL_CHUNK if chunk_size is None else chunk_size
-        if is_surrogate(scorer) and load_score is False:
-            self._scorer_settings(scorer, reach)
+        scoring = self._scoring(scorer, reach, load_score, score_chunk)
+        if is_surrogate(scorer):
             kv = self._read_and_predict(scorer, context, read_chunk, progress)
-            return kv if kept is None else kv.prune(kept, kv_dtype=how)
-        kv = self.read(context, chunk_size=read_chunk, progress=progress)
-        if kept is not None:
-            kv.check(kept, kv_dtype=how)
-        self.score(
-            kv,
-            scorer=scorer,
-            reach=reach,
-            load_score=load_score,
-            score_chunk=score_chunk,
-            progress=progress,
-        )
+        else:
+            kv = self.read(context, chunk_size=read_chunk, progress=progress)
+            if kept is not None:
+                kv.check(kept, kv_dtype=how)
+            kv.scores = scoring(kv, progress=progress)
         return kv if kept is None else kv.prune(kept, kv_dtype=how)
+
+    def _check_streaming(
+        self,
+        ratio: float | Budget | None,
+        scorer: str,
+        reach: str | None,
+        load_score: bool | str | Path,
+    ) -> None:
+        """Raise KVzipError for arguments of `prefill` that do not go with streaming."""
+        if ratio is None:
+            raise KVzipError(
+                "streaming evicts as it reads: say how much to keep (ratio=0.3, or "
+                "ratio=Budget(threshold=-4))"
+            )
+        if load_score is not False:
+            raise KVzipError("streaming scores what it reads: leave out load_score")
+        reconstruction.check_reach(reach or "chunk")
+        if reach == "context" or (reach and scorer != RECONSTRUCTION):
+            raise KVzipError(f"streaming scores with reach 'chunk', not {reach!r}")
 
     def extend(
         self,
@@ -393,22 +397,39 @@ class ModelKVzip:
     ) -> ContextCache:
         """Stage 2: score the context's pairs; arguments as in `prefill`. Returns the same cache."""
         self._check(kv)
+        kv.scores = self._scoring(scorer, reach, load_score, score_chunk)(kv, progress=progress)
+        return kv
+
+    def _scoring(
+        self, scorer: str, reach: str, load_score: bool | str | Path, score_chunk: int
+    ) -> Callable[..., Scores]:
+        """What scores a cache: called with it and `progress`.
+
+        Raises:
+            KVzipError: for what is wrong whatever the context.
+        """
+        if load_score is not False and scorer != RECONSTRUCTION:
+            raise KVzipError(
+                f"load_score takes the place of a scorer, here {scorer!r}: leave out one of them"
+            )
         if load_score is True:
             scorer = "heads"
         elif load_score is not False:
-            kv.scores = heads.load(Path(load_score), kv)
-            return kv
-        how = self._scorer_settings(scorer, reach)
-        kv.scores = get_scorer(scorer)(
+            path = Path(load_score)
+            heads.read(path)  # to say now what is wrong with it
+            return lambda kv, progress: heads.load(path, kv)
+        if scorer == "heads":
+            heads.read(heads.own_file(self.hf_model))
+        if score_chunk < 1:
+            raise KVzipError(f"score_chunk is {score_chunk}: score at least one token at a time")
+        return partial(
+            get_scorer(scorer),
             self.hf_model,
             self.prompts,
-            kv,
             max_positions=self.geometry.max_positions,
             chunk_size=score_chunk,
-            progress=progress,
-            **how,
+            **self._scorer_settings(scorer, reach),
         )
-        return kv
 
     def _scorer_settings(self, scorer: str, reach: str) -> dict[str, Any]:
         """What a scorer takes beside what all of them take."""
@@ -522,7 +543,8 @@ class ModelKVzip:
             query: token ids `[t]` from `apply_template`, or the question itself.
             kv: the cache, pruned or not.
             update_cache: keep question and answer in the cache, for a conversation.
-            streamer: a transformers streamer that gets each new token.
+            streamer: a transformers streamer that gets the question, which its `skip_prompt=True`
+                leaves out, and then each new token.
             shrink: evict of question and answer, too, and of the conversation before them, while
                 the answer is generated, so that a long one stays bounded: the share to keep, a
                 `Budget`, or `Shrinking`, which tells more. What is kept becomes a part of the

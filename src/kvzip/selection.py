@@ -66,7 +66,7 @@ def select(
     if quota is None:
         mask = _above(scores, budget.threshold, level)
     elif level == "head":
-        mask = _best_heads(scores, required, quota, budget)
+        mask = _best_heads(scores, quota, budget)
     else:
         best = _best_of_all if level == "pair" else _best_of_each
         mask = best(favour_last(scores, window, quota), required, quota, budget)
@@ -181,7 +181,7 @@ def _best_of_each(scores: Tensor, required: Tensor, quota: Fraction, budget: Bud
     return _keep_best(scores.masked_fill(required, -torch.inf), free) & held
 
 
-def _best_heads(scores: Tensor, required: Tensor, quota: Fraction, budget: Budget) -> Tensor:
+def _best_heads(scores: Tensor, quota: Fraction, budget: Budget) -> Tensor:
     layers, heads, n = scores.shape
     beside = budget.required(n)  # what a head keeps that is not among the best
     best = scores.amax(-1).view(-1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvzip.budget import Budget
+from kvzip.budget import OF_TOKENS, Budget
 from kvzip.cache import ContextCache
 from kvzip.errors import KVzipError, KVzipWarning
 from kvzip.interrupts import uninterrupted
@@ -42,8 +42,6 @@ SCORER = "kvzap:linear"
 
 READ_AT_ONCE = 8000
 """Tokens of one forward pass while they are scored."""
-
-AMOUNTS = ("ratio", "threshold")
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,7 @@ class Shrinking:
                 f"amount is a Budget, such as Budget(0.3) or Budget(threshold=-4): got "
                 f"{self.amount!r}"
             )
-        refused = [name for name in self.amount.asked() if name not in AMOUNTS]
-        if refused:
-            raise KVzipError(
-                f"shrinking knows {' and '.join(AMOUNTS)} only: leave out {' and '.join(refused)}"
-            )
+        self.amount.refuse_all_but(OF_TOKENS, "shrinking")
         if self.scorer is not None and not is_surrogate(self.scorer):
             get_scorer(self.scorer)
             raise KVzipError(

@@ -116,7 +116,7 @@ def _gated(activated: Node, settings: dict[str, Any]) -> tuple[Node, Node, Node]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LinearCall:
     """A linear layer of one token in a graph, as it stands there.
 
     Attributes:
@@ -159,11 +159,11 @@ def join_linear(graph: Graph) -> None:
     Args:
         graph: without writes in place.
     """
-    together: dict[tuple[Node, bool, bool], list[Layer]] = {}
+    together: dict[tuple[Node, bool, bool], list[LinearCall]] = {}
     for node in graph.find_nodes(op="call_function", target=F.linear):
         if not _is_single_token(node):
             continue
-        layer = Layer(node, _sum(node) if _arguments(node)[2] is None else None)
+        layer = LinearCall(node, _sum(node) if _arguments(node)[2] is None else None)
         if layer.total is not None:
             _replace(graph, [layer])
         else:
@@ -185,7 +185,7 @@ def _sum(linear: Node) -> Node | None:
     return total if (own.shape, own.dtype) == (added.shape, added.dtype) else None
 
 
-def _replace(graph: Graph, layers: list[Layer]) -> None:
+def _replace(graph: Graph, layers: list[LinearCall]) -> None:
     """By one call, where the first of them is."""
     with graph.inserting_before(layers[0].result):
         matrices = [layer.matrix for layer in layers]

@@ -13,7 +13,7 @@ from math import floor, inf
 import torch
 from torch import Tensor
 
-from kvzip.budget import Budget, check_ratio
+from kvzip.budget import OF_TOKENS, Budget, check_ratio
 from kvzip.cache import ContextCache, Scores, warn_all_below
 from kvzip.errors import KVzipError
 from kvzip.interrupts import uninterrupted
@@ -24,7 +24,6 @@ from kvzip.selection import best_pairs, check_scores, favour_last, select, with_
 CHUNK_SIZE = 8000
 """Tokens that are read, scored and compacted at once."""
 
-AMOUNTS = ("ratio", "threshold")
 BUDGETS = ("chunk", "context")
 BUDGET = "chunk"
 """Leaves alone what was kept before, and copies it once a chunk instead of twice."""
@@ -47,11 +46,7 @@ class Streaming:
     budget: str = BUDGET
 
     def __post_init__(self) -> None:
-        refused = [name for name in self.amount.asked() if name not in AMOUNTS]
-        if refused:
-            raise KVzipError(
-                f"streaming knows {' and '.join(AMOUNTS)} only: leave out {' and '.join(refused)}"
-            )
+        self.amount.refuse_all_but(OF_TOKENS, "streaming")
         if self.chunk_size < 1:
             raise KVzipError(f"chunk_size is {self.chunk_size}: it must be 1 or more")
         if self.budget not in BUDGETS:

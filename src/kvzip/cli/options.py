@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +45,7 @@ MaxNewTokens = Annotated[
 ]
 
 
-class QuantizationName(str, Enum):
+class QuantizationName(StrEnum):
     """Quantisations of `quantized_weights`."""
 
     int8 = "int8"
@@ -54,7 +54,7 @@ class QuantizationName(str, Enum):
     int4 = "int4"
 
 
-class DtypeName(str, Enum):
+class DtypeName(StrEnum):
     """Dtypes that a model can be loaded in."""
 
     float32 = "float32"
@@ -62,7 +62,7 @@ class DtypeName(str, Enum):
     float16 = "float16"
 
 
-class Level(str, Enum):
+class Level(StrEnum):
     """Granularities of `selection.select`."""
 
     pair = "pair"
@@ -88,7 +88,7 @@ Quantization = Annotated[
 ]
 
 
-class KvDtypeName(str, Enum):
+class KvDtypeName(StrEnum):
     """Quantisations of `kernels.quantization`."""
 
     int8 = "int8"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -32,7 +32,7 @@ HIDDEN_SHARE = 8
 """Hidden states are this many times as wide as the inner layer of an MLP, as published."""
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """Kinds of `surrogates.kvzap`."""
 
     linear = "linear"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,14 +51,14 @@ SCORER = "reconstruction"
 STREAMING_OPTIONS = ("--chunk-size", "--budget")
 
 
-class StreamingBudget(str, Enum):
+class StreamingBudget(StrEnum):
     """Budgets of `streaming.Streaming`."""
 
     chunk = "chunk"
     context = "context"
 
 
-class Reach(str, Enum):
+class Reach(StrEnum):
     """Reaches of `scoring.reconstruction`."""
 
     context = "context"

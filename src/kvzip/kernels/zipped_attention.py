@@ -301,7 +301,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Tail:
+class TailArguments:
     """What of the arguments concerns the tail (see `reference.zipped_attention`).
 
     Attributes:
@@ -339,7 +339,7 @@ def zipped_attention(
     counts: Tensor | None = None,
 ) -> Tensor:
     """See `reference.zipped_attention`; `indptr`, `tail_length` and `starts` on the device."""
-    tail = Tail(tail_keys, tail_values, tail_length, starts, window)
+    tail = TailArguments(tail_keys, tail_values, tail_length, starts, window)
     attend = dense_kernel(query, logits) if tail.plain else None
     if attend is None:
         return _split_kv(query, Context.plain(keys, values, indptr), tail, logits)[0]
@@ -366,7 +366,7 @@ def quantized_attention(
     counts: Tensor | None = None,
 ) -> Tensor:
     """See `reference.quantized_attention`; `indptr`, `tail_length` and `starts` on the device."""
-    tail = Tail(tail_keys, tail_values, tail_length, starts, window)
+    tail = TailArguments(tail_keys, tail_values, tail_length, starts, window)
     context = Context.quantized(keys, values, indptr)
     attend = dense_kernel(query, logits) if tail.plain else None
     if attend is None:
@@ -384,7 +384,7 @@ def _add_context(
 
 
 def _split_kv(
-    query: Tensor, context: Context, tail: Tail | None, logits: Logits
+    query: Tensor, context: Context, tail: TailArguments | None, logits: Logits
 ) -> tuple[Tensor, Tensor]:
     """Attention over a packed context and, if there is one, a tail: both kernels.
 

@@ -143,6 +143,11 @@ def load(path: Path, kv: ContextCache) -> Scores:
     return Scores(kv.division.own(head_scores.values)[:, :, None].expand(-1, -1, n), "heads")
 
 
+def own_file(model: PreTrainedModel) -> Path:
+    """Where the scores of a model's own folder are."""
+    return Path(model.name_or_path) / FILE_NAME
+
+
 def score(
     model: PreTrainedModel,
     prompts: Prompts,
@@ -165,7 +170,7 @@ def score(
     Raises:
         KVzipError: see `load`.
     """
-    scores = load(Path(model.name_or_path) / FILE_NAME, kv)
+    scores = load(own_file(model), kv)
     n = kv.document.context_length
     progress("score", n, n)
     return scores
