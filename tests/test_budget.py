@@ -94,6 +94,13 @@ def test_a_budget_says_what_was_asked():
     assert hash(budget) == hash(Budget(bytes=2000, min_per_head=2, keep=((1, 4),)))
 
 
+def test_numbers_may_be_text():
+    assert Budget("0.3") == Budget(0.3)
+    assert Budget("0.3").ratio == 0.3
+    assert Budget(tokens="12.5").tokens == 12.5
+    assert Budget(True).ratio == 1.0
+
+
 def test_a_budget_goes_on_as_before():
     assert Budget.as_before(0.25) == Budget(0.25)
     with pytest.raises(KVzipError, match=r"nothing of the context was kept \(ratio 0\.0\)"):

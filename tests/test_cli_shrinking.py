@@ -64,6 +64,14 @@ def test_ask(kvzip, zipped):
     )
 
 
+def test_chat_refuses_at_once_what_cannot_shrink(kvzip, zipped):
+    status, out, err = kvzip(
+        "chat", zipped, "--shrink", "0.3", "--shrink-scorer", "kvzap:/nowhere", lines="Who?\n"
+    )
+    assert (status, out) == (2, "")
+    assert "no KVzap surrogate '/nowhere'" in err
+
+
 def test_chat(kvzip, zipped):
     lines = f"{LONG}\nWho?\n/forget\nWho?\n"
     asked = ["chat", zipped, "--max-new-tokens", NEW]

@@ -86,6 +86,17 @@ def test_did_you_mean(name, close):
         loading.resolve(name)
 
 
+@pytest.mark.parametrize("device", ["xyz", "cuda:x"])
+def test_unknown_devices(device):
+    with pytest.raises(KVzipError, match=f"unknown device '{device}': 'cpu', 'cuda' or"):
+        ModelKVzip(device=device)
+
+
+def test_unknown_plans():
+    with pytest.raises(KVzipError, match="unknown tp_plan 'rows'"):
+        ModelKVzip(tp_plan="rows")
+
+
 @pytest.mark.parametrize("name", ["", "zzz", "./nowhere", "/no/where", "~/model", "a/b/c"])
 def test_unknown_names(name):
     with pytest.raises(KVzipError, match=r"unknown model .* one of bundled, llama3.1-8b"):

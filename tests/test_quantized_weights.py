@@ -116,6 +116,22 @@ def test_recorded_steps_leave_activations_as_they_are(plain):
             assert (found - full).norm() < (rounded - full).norm()
 
 
+def test_caches_of_other_weights_are_refused(model, plain, document):
+    kv = plain.prefill(document[0])
+    with pytest.raises(
+        KVzipError, match=rf"bundled, not quantised .* bundled, {model.quantization} "
+    ):
+        model.ask(kv, ["Who?"])
+
+
+def test_files_say_what_weights_were_quantised_to(model, tmp_path, capsys):
+    path = model.prefill("Anna likes tea.", ratio=0.5).save(tmp_path / "a.kvz")
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantization"] == model.quantization
+    assert main(["inspect", str(path)]) == 0
+    assert f"bundled, {model.quantization}" in capsys.readouterr().out
+
+
 def test_answers_of_recorded_steps_stay_right(model, document):
     context, questions = document
     kv = model.prefill(context).prune(0.3)

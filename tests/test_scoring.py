@@ -361,6 +361,7 @@ def test_a_context_beyond_the_positions_is_refused():
     [
         ({"scorer": "reconstructed"}, "unknown scorer 'reconstructed': did you mean"),
         ({"scorer": "random", "reach": "chunk"}, "reach belongs to the scorers"),
+        ({"scorer": None}, "a scorer is known by its name: got None"),
         ({"score_chunk": 0}, "score_chunk is 0"),
         ({"scorer": "random", "score_chunk": 0}, "score_chunk is 0"),
         ({"scorer": "heads"}, "there are no head scores at"),

@@ -1,6 +1,7 @@
 """Surrogates: published formats against plain float64 arithmetic, reading, streaming, training."""
 
 import json
+import warnings
 from collections import OrderedDict
 from functools import lru_cache
 from math import erf, exp, floor, sqrt
@@ -269,11 +270,33 @@ def test_a_ratio_and_a_threshold(tmp_path):
 
 
 def test_a_window_longer_than_the_context_keeps_all_of_it(tmp_path):
+    """So that there is nothing to warn of, streaming or not."""
     write_kvzap(tmp_path)
-    kv = shared_model().prefill(random_ids(N), scorer=f"kvzap:{tmp_path}")
-    with pytest.warns(KVzipWarning, match="no score reaches threshold 1000.0"):
-        kv.prune(threshold=1000)
-    assert kv.kept.all()
+    how = {"scorer": f"kvzap:{tmp_path}", "ratio": Budget(threshold=1000)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KVzipWarning)
+        for streaming in (False, True):
+            kv = shared_model().prefill(random_ids(N), streaming=streaming, **how)
+            assert kv.kept.all()
+
+
+def test_a_surrogate_of_another_model_of_the_same_shape_is_told(tmp_path):
+    model = make_model()
+    for name, fingerprint in {"own": model.origin.fingerprint, "other": "0" * 16}.items():
+        write_kvzap(tmp_path / name, kvzip={"fingerprint": fingerprint})
+    with pytest.warns(KVzipWarning, match="trained on a model with fingerprint 0000"):
+        model.prefill(random_ids(N), scorer=f"kvzap:{tmp_path / 'other'}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KVzipWarning)
+        model.prefill(random_ids(N), scorer=f"kvzap:{tmp_path / 'own'}")
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    tensors = write_kvzap(tmp_path)
+    tensors["layers.1.0.bias"][3] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(KVzipError, match=r"layers.1.0.bias holds numbers that are not finite"):
+        shared_model().prefill(random_ids(N), scorer=f"kvzap:{tmp_path}")
 
 
 def test_a_threshold_that_evicts_everything_keeps_the_window(tmp_path):

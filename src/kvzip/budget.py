@@ -1,7 +1,7 @@
 """How much of a context to keep, in the words of the user: a share, pairs, bytes or a score."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import isfinite, nan
@@ -75,15 +75,19 @@ class Budget:
         if len(given) > 1:
             raise KVzipError(f"there can be one budget only: got {' and '.join(given)}, choose one")
         if self.ratio is not None:
-            check_ratio(self.ratio)
-        if self.tokens is not None and _exact(self.tokens) <= 0:
-            raise KVzipError(f"tokens is a number of pairs a head, above 0: got {self.tokens}")
+            object.__setattr__(self, "ratio", float(check_ratio(self.ratio)))
+        if self.tokens is not None:
+            if _exact(self.tokens) <= 0:
+                raise KVzipError(f"tokens is a number of pairs a head, above 0: got {self.tokens}")
+            plain = self.tokens if isinstance(self.tokens, int) else float(self.tokens)
+            object.__setattr__(self, "tokens", plain)
         if self.bytes is not None:
             object.__setattr__(self, "bytes", parse_bytes(self.bytes))
         if self.threshold is not None:
             object.__setattr__(self, "threshold", _score("threshold", self.threshold))
         object.__setattr__(self, "min_per_head", _count("min_per_head", self.min_per_head))
-        object.__setattr__(self, "keep", tuple(map(_span, self.keep)))
+        spans = self.keep if isinstance(self.keep, Iterable) else [self.keep]
+        object.__setattr__(self, "keep", tuple(map(_span, spans)))
 
     @classmethod
     def of(cls, ratio: "float | Budget | None" = None, **others: Any) -> "Budget":

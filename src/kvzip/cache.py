@@ -56,6 +56,9 @@ class Origin:
     dtype: str
     quantization: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.model_id}, {self.quantization or 'not quantised'}"
+
 
 @dataclass(frozen=True)
 class Document:
@@ -228,7 +231,10 @@ class ContextCache(Cache):
 
     @property
     def realised_ratio(self) -> float:
-        """Share of the context's pairs that is held, over the layers that can be pruned."""
+        """Share of the context's pairs that is held, over the layers that can be pruned.
+
+        Where heads are divided among processes, of those of this one, as `nbytes` is.
+        """
         kept = self.kept
         return kept.sum().item() / kept.numel()
 
@@ -295,7 +301,7 @@ class ContextCache(Cache):
         scores = self.division.gather(scores)
         kept = select(scores, budget, level, self.footprint(how), self.scores.window)
         if budget.threshold is not None:
-            if not kept.any():
+            if not kept.any() and kept.shape[-1] > self.scores.window:
                 warn_all_below(budget, float(scores.max()), self.scores.window)
             kept = with_last(kept, scores, self.scores.window)
         del scores

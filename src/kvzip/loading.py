@@ -128,13 +128,14 @@ def load(
     if quantization is not None:
         quantized_weights.check(quantization)
     if plan := kwargs.pop("tp_plan", None):
+        if isinstance(plan, str) and plan != "auto":
+            raise KVzipError(f"unknown tp_plan {plan!r}: 'auto' is the model's own")
         kwargs["distributed_config"] = DistributedConfig(tp_plan=plan)
     if kwargs.get("distributed_config") is not None:
         check_processes()
-    if device is None:
-        device = default_device()
+    device = _device(default_device() if device is None else device)
     if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        dtype = torch.float32 if device.type == "cpu" else "auto"
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
     try:
         config = _config(published, hub)
@@ -146,7 +147,7 @@ def load(
                     f"the weights of {name} are quantised already: leave out quantization"
                 )
             kwargs["quantization_config"] = quantized_weights.config(
-                quantization, torch.device(device), _dtype(dtype, config)
+                quantization, device, _dtype(dtype, config)
             )
         placed = any(kwargs.get(argument) is not None for argument in PLACING)
         if not placed and (quantized or "quantization_config" in kwargs):
@@ -166,8 +167,17 @@ def load(
         raise
     except (AssertionError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise KVzipError(f"model {name!r} cannot be loaded: {cause}") from error
+        raise KVzipError(f"model {name or BUNDLED!r} cannot be loaded: {cause}") from error
     return model.eval(), tokenizer
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise KVzipError(
+            f"unknown device {name!r}: 'cpu', 'cuda' or a certain one such as 'cuda:1'"
+        ) from error
 
 
 def default_device() -> str:

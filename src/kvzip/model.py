@@ -440,15 +440,23 @@ class ModelKVzip:
             raise KVzipError(f"reach belongs to the scorers {names}, not to {scorer!r}")
         return {"surrogate": self._surrogate(scorer)} if is_surrogate(scorer) else {}
 
-    def _surrogate(self, scorer: str) -> Surrogate:
-        """A surrogate, loaded once."""
+    def _surrogate(self, scorer: str, without: str = f"score by {RECONSTRUCTION!r}") -> Surrogate:
+        """A surrogate, loaded once; `without` says what to do where none can be used."""
         if self.division.size > 1:
-            raise KVzipError(
-                f"scorer {scorer!r} needs all heads in one process: score by {RECONSTRUCTION!r}"
-            )
+            raise KVzipError(f"scorer {scorer!r} needs all heads in one process: {without}")
         if scorer not in self._surrogates:
             heads = {i: self.geometry.layers[i].kv_heads for i in self.geometry.prunable}
-            self._surrogates[scorer] = surrogates.load(scorer, self.hf_model, heads)
+            surrogate = surrogates.load(scorer, self.hf_model, heads)
+            known = self.quantization is None and surrogate.fingerprint is not None
+            if known and surrogate.fingerprint != self.origin.fingerprint:
+                warnings.warn(
+                    f"the surrogate {scorer} was trained on a model with fingerprint "
+                    f"{surrogate.fingerprint}, that of {self.model_id} is "
+                    f"{self.origin.fingerprint}: its scores may mean nothing here",
+                    KVzipWarning,
+                    stacklevel=2,
+                )
+            self._surrogates[scorer] = surrogate
         return self._surrogates[scorer]
 
     def _read_and_predict(
@@ -612,7 +620,12 @@ class ModelKVzip:
     def _shrinker(self, kv: ContextCache, how: Shrinking) -> Shrinker:
         before = kv.scores.scorer.split(" + ")[-1] if kv.scores else RECONSTRUCTION
         scorer = how.scorer or (before if is_surrogate(before) else shrinking.SCORER)
-        return Shrinker(self.hf_model, self._surrogate(scorer), how)
+        return Shrinker(self.hf_model, self._surrogate(scorer, "leave out shrink"), how)
+
+    def check_shrinking(self, kv: ContextCache, how: float | Budget | Shrinking) -> None:
+        """Raise KVzipError if a conversation with this cache cannot shrink so, for good."""
+        self._check(kv)
+        self._shrinker(kv, Shrinking.of(how)).check(kv)
 
     def ask(
         self,
@@ -668,6 +681,7 @@ class ModelKVzip:
     def _check(self, kv: ContextCache) -> None:
         if kv.origin.fingerprint != self.origin.fingerprint:
             raise KVzipError(
-                f"this cache was made with model {kv.origin.model_id}, not with {self.model_id}: "
+                f"this cache was made with model {kv.origin} (fingerprint "
+                f"{kv.origin.fingerprint}), not with {self.origin} ({self.origin.fingerprint}): "
                 "ask the model that read the context"
             )

@@ -170,7 +170,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if not os.access(path.parent, os.W_OK):
         raise KVzipError(f"the folder {path.parent} is not writable: choose another one")
     if path.exists() and not overwrite:
-        raise KVzipError(f"{path} exists: choose another name, or overwrite it (--force)")
+        raise KVzipError(
+            f"{path} exists: choose another name, or overwrite it (overwrite=True, --force)"
+        )
 
 
 def read_header(path: str | Path) -> Header:

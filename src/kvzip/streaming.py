@@ -124,7 +124,7 @@ def extend(
         raise KVzipError("the context is empty: give some text to read")
     if how.amount.threshold is not None and largest < how.amount.threshold:
         first = max(0, kv.document.context_length - scores.window)
-        if not kv.division.gather(kv.kept[..., :first].any(-1)).any():
+        if first and not kv.division.gather(kv.kept[..., :first].any(-1)).any():
             warn_all_below(how.amount, largest, scores.window)
 
 

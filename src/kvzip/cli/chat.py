@@ -30,6 +30,9 @@ def chat(
     """
     how = shrinking(shrink, shrink_threshold, shrink_scorer)
     kvzip_model, context = open_file(file, model, device=device)
+    if how is not None:
+        with warnings_shown():
+            kvzip_model.check_shrinking(context, how)
     from transformers import TextStreamer
 
     notes = Console(stderr=True, style="dim", highlight=False)

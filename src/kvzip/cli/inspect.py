@@ -34,6 +34,7 @@ def inspect(file: KvzFile, as_json: Json = False) -> None:
             "model": header.origin.model_id,
             "fingerprint": header.origin.fingerprint,
             "dtype": header.origin.dtype,
+            "quantization": header.origin.quantization,
             "kv_dtype": header.kv_dtype,
             "context_tokens": header.context_tokens,
             "prefix_tokens": header.prefix_length,
@@ -50,7 +51,7 @@ def inspect(file: KvzFile, as_json: Json = False) -> None:
 
     rows = {
         "file": f"{file}, {decimal(file.stat().st_size)}, format {header.version}",
-        "model": header.origin.model_id,
+        "model": str(header.origin),
         "fingerprint": header.origin.fingerprint,
         "tokens": f"{header.context_tokens:,} + {header.prefix_length} in front",
         "keys": f"{decimal(size.keys)}, {header.kv_dtype or header.origin.dtype}",

@@ -170,7 +170,7 @@ def _show(
         "surrogate": f"{output}, {kind.value}{inner}, {decimal(_size(output))}",
         "model": model.model_id,
         "learnt from": f"{trained.tokens:,} tokens of {trained.pieces:,} pieces",
-        "R²": f"{_mean(trained.r2):.3f} on average, of {trained.held_out:,} pieces held out",
+        "R²": f"{_mean(trained.r2):.3f} on average, on {trained.held_out:,} held out",
         "use": f"scorer kvzap:{output}",
         "time": duration(seconds),
     }

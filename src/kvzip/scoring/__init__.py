@@ -47,6 +47,8 @@ def get_scorer(name: str) -> Callable[..., Scores]:
     Raises:
         KVzipError: for an unknown name, with the names that look like it or else all of them.
     """
+    if not isinstance(name, str):
+        raise KVzipError(f"a scorer is known by its name: got {name!r}")
     if name not in SCORERS and not is_surrogate(name):
         known = [*SCORERS, *EXAMPLES]
         close = difflib.get_close_matches(name.lower(), known)
@@ -60,4 +62,4 @@ def get_scorer(name: str) -> Callable[..., Scores]:
 
 def is_surrogate(name: str) -> bool:
     """Whether a scorer is a surrogate, which predicts scores while a context is read."""
-    return name.partition(":")[0] in SURROGATES
+    return isinstance(name, str) and name.partition(":")[0] in SURROGATES

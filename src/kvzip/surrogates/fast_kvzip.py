@@ -100,11 +100,13 @@ class FastKVzip:
         scorer: what scores by it are called.
         gates: one for each layer that is scored.
         window: last tokens that a threshold leaves alone: none beyond those that `complete` marks.
+        fingerprint: files of this form do not tell of a model.
     """
 
     scorer: str
     gates: Sequence[Gate]
     window: int = 0
+    fingerprint: None = None
 
     def predict(self, layer: int, hidden: Tensor) -> Tensor:
         """Scores `[H, t]` in (0, 1) of tokens with attention inputs `[t, d]`."""

@@ -100,11 +100,13 @@ class KVzap:
     Attributes:
         scorer: what scores by it are called.
         modules: one for each layer that is scored.
+        fingerprint: of the model that it was trained on, None if the files do not say.
         window: last tokens that a threshold leaves alone, and other budgets favour.
     """
 
     scorer: str
     modules: Sequence[Module]
+    fingerprint: str | None = None
     window: int = WINDOW
 
     def predict(self, layer: int, hidden: Tensor) -> Tensor:
@@ -133,7 +135,16 @@ def load(where: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     modules = read(folder)
     first = modules[0]
     fitting = scored_modules(modules, shape, str(folder), first.width, len(first.bias))
-    return KVzap(f"{NAME}:{where}", [module.to(device, dtype) for module in fitting])
+    return KVzap(
+        f"{NAME}:{where}", [module.to(device, dtype) for module in fitting], trained_on(folder)
+    )
+
+
+def trained_on(folder: Path) -> str | None:
+    """The fingerprint of the model that a surrogate was trained on here, None of published ones."""
+    notes = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("kvzip")
+    found = notes.get("fingerprint") if isinstance(notes, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def read(folder: Path) -> list[Module]:
@@ -146,7 +157,9 @@ def read(folder: Path) -> list[Module]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
-        raise KVzipError(f"{folder} holds no KVzap surrogate: {error}") from error
+        raise KVzipError(
+            f"{folder} holds no KVzap surrogate: {error}. Name a folder with {CONFIG} and {WEIGHTS}"
+        ) from error
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         found = config.get("model_type") if isinstance(config, dict) else None
         raise KVzipError(
@@ -165,6 +178,10 @@ def read(folder: Path) -> list[Module]:
             raise KVzipError(
                 f"{folder / WEIGHTS} is damaged, or not that of {CONFIG}: {name} {seen}, "
                 f"{[*size]} are expected"
+            )
+        if not found.isfinite().all():
+            raise KVzipError(
+                f"{folder / WEIGHTS} is damaged: {name} holds numbers that are not finite"
             )
     parts = PARTS["linear" if hidden_dim is None else "mlp"]
     return [Module(*(tensors[f"layers.{i}.{part}"] for part in parts)) for i in range(count)]

@@ -32,6 +32,11 @@ class Surrogate(Protocol):
         """Last tokens that a threshold leaves alone."""
         ...
 
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the model that it was trained on, None if nothing says so."""
+        ...
+
     def predict(self, layer: int, hidden: Tensor) -> Tensor:
         """Scores `[H, t]`, at least float32, of tokens with attention inputs `[t, d]`.
 
