@@ -1,9 +1,9 @@
 """ModelKVzip: read once, evict, ask anything. Each method is one stage, in order."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from kvzip import (
     spans,
     storage,
     streaming,
-    surrogates,
     weights,
 )
 from kvzip.budget import Budget, Span
-from kvzip.cache import KV_TYPES, ContextCache, Document, Origin, Scores
+from kvzip.cache import KV_TYPES, ContextCache, Document, Origin
 from kvzip.errors import KVzipError, KVzipWarning
 from kvzip.geometry import probe
 from kvzip.kernels import operations
@@ -34,15 +33,12 @@ from kvzip.kernels.quantization import Quantization
 from kvzip.prefill import Progress, prefill, silent
 from kvzip.prompts import INSTRUCTIONS, Prompts, split_chat_template
 from kvzip.room import make_decoder
-from kvzip.scoring import REPEATING, get_scorer, heads, is_surrogate, reconstruction
-from kvzip.scoring.chunks import ChunkScorer
-from kvzip.scoring.repeated_chunks import RepeatedChunks
+from kvzip.scorers import RECONSTRUCTION, Scorers
+from kvzip.scoring import is_surrogate, reconstruction
 from kvzip.shrinking import Shrinker, Shrinking
-from kvzip.surrogates.predicting import PredictedChunks, Surrogate, predicting
+from kvzip.surrogates.predicting import predicting
 
 PREFILL_CHUNK = 16384
-
-RECONSTRUCTION = "reconstruction"
 
 Text = str | Tensor
 """Text, or its token ids `[n]`."""
@@ -119,7 +115,9 @@ class ModelKVzip:
         self.division = parallel.division(self.hf_model)
         self.geometry = probe(self.hf_model)
         parallel.check_divided(self.hf_model, self.division, self.geometry)
-        self._surrogates: dict[str, Surrogate] = {}
+        self._scorers = Scorers(
+            self.hf_model, self.prompts, self.geometry, self.division, lambda: self.origin
+        )
         where = torch.device(self.hf_model.device)
         self.operations = operations(backend, where, self.hf_model.dtype)
         # a recorded step runs ahead by one token, which a state cannot take back
@@ -222,7 +220,7 @@ class ModelKVzip:
         reach = "context" if reach is None else reach
         reconstruction.check_reach(reach)
         read_chunk = PREFILL_CHUNK if chunk_size is None else chunk_size
-        scoring = self._scoring(scorer, reach, load_score, score_chunk)
+        scoring = self._scorers.of_context(scorer, reach, load_score, score_chunk)
         if is_surrogate(scorer):
             kv = self._read_and_predict(scorer, context, read_chunk, progress)
         else:
@@ -304,7 +302,7 @@ class ModelKVzip:
         streaming.extend(
             kv,
             pieces,
-            self._chunk_scorer(kv, scorer, score_chunk),
+            self._scorers.of_chunks(kv, scorer, score_chunk),
             how,
             total=total,
             max_positions=self.geometry.max_positions,
@@ -397,100 +395,19 @@ class ModelKVzip:
     ) -> ContextCache:
         """Stage 2: score the context's pairs; arguments as in `prefill`. Returns the same cache."""
         self._check(kv)
-        kv.scores = self._scoring(scorer, reach, load_score, score_chunk)(kv, progress=progress)
+        scoring = self._scorers.of_context(scorer, reach, load_score, score_chunk)
+        kv.scores = scoring(kv, progress=progress)
         return kv
-
-    def _scoring(
-        self, scorer: str, reach: str, load_score: bool | str | Path, score_chunk: int
-    ) -> Callable[..., Scores]:
-        """What scores a cache: called with it and `progress`.
-
-        Raises:
-            KVzipError: for what is wrong whatever the context.
-        """
-        if load_score is not False and scorer != RECONSTRUCTION:
-            raise KVzipError(
-                f"load_score takes the place of a scorer, here {scorer!r}: leave out one of them"
-            )
-        if load_score is True:
-            scorer = "heads"
-        elif load_score is not False:
-            path = Path(load_score)
-            heads.read(path)  # to say now what is wrong with it
-            return lambda kv, progress: heads.load(path, kv)
-        if scorer == "heads":
-            heads.read(heads.own_file(self.hf_model))
-        if score_chunk < 1:
-            raise KVzipError(f"score_chunk is {score_chunk}: score at least one token at a time")
-        return partial(
-            get_scorer(scorer),
-            self.hf_model,
-            self.prompts,
-            max_positions=self.geometry.max_positions,
-            chunk_size=score_chunk,
-            **self._scorer_settings(scorer, reach),
-        )
-
-    def _scorer_settings(self, scorer: str, reach: str) -> dict[str, Any]:
-        """What a scorer takes beside what all of them take."""
-        if scorer in REPEATING:
-            return {"reach": reach}
-        if reach != "context":
-            names = " and ".join(map(repr, REPEATING))
-            raise KVzipError(f"reach belongs to the scorers {names}, not to {scorer!r}")
-        return {"surrogate": self._surrogate(scorer)} if is_surrogate(scorer) else {}
-
-    def _surrogate(self, scorer: str, without: str = f"score by {RECONSTRUCTION!r}") -> Surrogate:
-        """A surrogate, loaded once; `without` says what to do where none can be used."""
-        if self.division.size > 1:
-            raise KVzipError(f"scorer {scorer!r} needs all heads in one process: {without}")
-        if scorer not in self._surrogates:
-            heads = {i: self.geometry.layers[i].kv_heads for i in self.geometry.prunable}
-            surrogate = surrogates.load(scorer, self.hf_model, heads)
-            known = self.quantization is None and surrogate.fingerprint is not None
-            if known and surrogate.fingerprint != self.origin.fingerprint:
-                warnings.warn(
-                    f"the surrogate {scorer} was trained on a model with fingerprint "
-                    f"{surrogate.fingerprint}, that of {self.model_id} is "
-                    f"{self.origin.fingerprint}: its scores may mean nothing here",
-                    KVzipWarning,
-                    stacklevel=2,
-                )
-            self._surrogates[scorer] = surrogate
-        return self._surrogates[scorer]
 
     def _read_and_predict(
         self, scorer: str, context: Text, chunk_size: int, progress: Progress
     ) -> ContextCache:
         """Stages 1 and 2 at once."""
         scored = self.geometry.prunable
-        with predicting(self.hf_model, self._surrogate(scorer), scored) as predictions:
+        with predicting(self.hf_model, self._scorers.surrogate(scorer), scored) as predictions:
             kv = self.read(context, chunk_size=chunk_size, progress=progress)
         kv.scores = predictions.whole(kv.document.context_length)
         return kv
-
-    def _chunk_scorer(self, kv: ContextCache, scorer: str | None, score_chunk: int) -> ChunkScorer:
-        """What scores a context that goes on, by default as it was scored so far."""
-        if scorer is None:
-            surrogate = next(filter(is_surrogate, kv.scorers), None)
-            scorer = surrogate or RECONSTRUCTION
-        allowed = {reconstruction.scorer_name(reach) for reach in reconstruction.REACHES}
-        if is_surrogate(scorer):
-            allowed = {self._surrogate(scorer).scorer}
-        if others := sorted(kv.scorers - allowed):
-            raise KVzipError(
-                f"this context was scored by {others[0]!r}, whose scores are no measure for those "
-                f"of {scorer!r}: read the context anew, or go on with the scorer that it has"
-            )
-        if is_surrogate(scorer):
-            return PredictedChunks(self.hf_model, self._surrogate(scorer))
-        if scorer != RECONSTRUCTION:
-            get_scorer(scorer)
-            raise KVzipError(
-                f"streaming scores by {RECONSTRUCTION!r} or a surrogate, not by {scorer!r}: read "
-                "the context in two passes"
-            )
-        return RepeatedChunks(self.hf_model, self.prompts, score_chunk)
 
     def spans(self, context: str, parts: Iterable[str | Span]) -> list[Span]:
         """Tokens of parts of a context, for `kv.prune(keep=...)` and `Budget`.
@@ -620,7 +537,7 @@ class ModelKVzip:
     def _shrinker(self, kv: ContextCache, how: Shrinking) -> Shrinker:
         before = kv.scores.scorer.split(" + ")[-1] if kv.scores else RECONSTRUCTION
         scorer = how.scorer or (before if is_surrogate(before) else shrinking.SCORER)
-        return Shrinker(self.hf_model, self._surrogate(scorer, "leave out shrink"), how)
+        return Shrinker(self.hf_model, self._scorers.surrogate(scorer, "leave out shrink"), how)
 
     def check_shrinking(self, kv: ContextCache, how: float | Budget | Shrinking) -> None:
         """Raise KVzipError if a conversation with this cache cannot shrink so, for good."""

@@ -13,8 +13,9 @@ from kvzip.cache import Scores
 from kvzip.errors import KVzipError
 from kvzip.evaluation.asking import UnfitError, score_context
 from kvzip.evaluation.runner import Job, Settings, jobs, with_instructions
-from kvzip.model import RECONSTRUCTION, ModelKVzip
+from kvzip.model import ModelKVzip
 from kvzip.prefill import Progress
+from kvzip.scorers import RECONSTRUCTION
 from kvzip.scoring import heads
 from kvzip.selection import check_scores
 

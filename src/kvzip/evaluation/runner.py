@@ -32,7 +32,8 @@ from kvzip.evaluation.metrics import score
 from kvzip.evaluation.results import Line, Results, Shard, context_digest
 from kvzip.evaluation.samples import Instruction, Question, Sample
 from kvzip.evaluation.tasks import get_task
-from kvzip.model import RECONSTRUCTION, ModelKVzip
+from kvzip.model import ModelKVzip
+from kvzip.scorers import RECONSTRUCTION
 from kvzip.scoring import get_scorer
 from kvzip.selection import LEVELS
 
