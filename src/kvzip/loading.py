@@ -151,7 +151,7 @@ def load(
             )
         placed = any(kwargs.get(argument) is not None for argument in PLACING)
         if not placed and (quantized or "quantization_config" in kwargs):
-            kwargs["device_map"] = {"": device}  # such weights are made where they stay
+            kwargs["device_map"] = {"": str(device)}  # such weights are made where they stay
             placed = True
         model = AutoModelForCausalLM.from_pretrained(
             published.repository,
